@@ -1,0 +1,117 @@
+"""What a run leaves behind: the exported adapter, personal adapters, the summary, predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedlora.checkpoint import versions
+from fedlora.engines.evaluate import batches_on
+from fedlora.export import export_adapter
+from fedlora.files import write_atomically, write_json
+
+if TYPE_CHECKING:
+    from fedlora.rounds import Rounds
+    from fedlora.state import AdapterState
+    from fedlora.trainer import FederatedTrainer
+
+
+def export(rounds: Rounds, folder: Path, adapter: AdapterState, client: int | None = None) -> None:
+    """Write ``adapter/``, or one client's folder under ``adapters/``."""
+    about = {
+        "round": rounds.trainer.server.round_idx,
+        "rule": rounds.identity["rule"],
+        "seed": rounds.trainer.seed,
+        **({} if client is None else {"client": client}),
+        "versions": versions(),
+    }
+    export_adapter(folder, rounds.engine.lora, adapter, about)
+
+
+def export_personal(rounds: Rounds) -> int:
+    """Write ``adapters/<client>/`` of each client that keeps something; returns how many."""
+    trainer, engine = rounds.trainer, rounds.engine
+    server = trainer.server
+    rnd = rounds.round(server.round_idx)
+    for client in rounds.clients:
+        if client.id in server.versions:
+            engine.load(client, rnd, server, rounds.rule)
+            export(rounds, trainer.run.path / "adapters" / str(client.id), engine.lora.state(), client.id)
+    engine.lora.load(server.adapter)
+    return len(server.versions)
+
+
+def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
+    """Write ``summary.json`` of a run that is over, and return it."""
+    trainer = rounds.trainer
+    history = trainer.server.history
+    first, last = history[0], history[-1]
+    judged = [row for row in history if row.get("val/acc") is not None]
+    best = max(judged, key=lambda row: row["val/acc"]) if judged else None
+
+    def total(name: str) -> float:
+        return sum(row.get(name) or 0 for row in history)
+
+    summary = {
+        "round": trainer.server.round_idx,
+        "finished": trainer.server.finished or "max_rounds",
+        **test,
+        "zero_shot": {name: first[name] for name in ("val/acc", "val/loss", "test/acc", "test/loss") if name in first},
+        "final": dict(last),
+        "best": None if best is None else dict(best),
+        "comm/up_bytes": total("comm/up_bytes"),
+        "comm/down_bytes": total("comm/down_bytes"),
+        "seconds": total("time/round_s"),
+        "rule": rounds.identity["rule"],
+        "clients": len(rounds.clients),
+        "seed": trainer.seed,
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.fabric.device),
+        "precision": trainer.averaging.precision,
+        "versions": versions(),
+    }
+    write_json(trainer.run.summary, summary)
+    return summary
+
+
+def summary_round(path: Path) -> int | None:
+    """The round that a summary was written after; None where there is none."""
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["round"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+@torch.no_grad()
+def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
+    """Write ``index, label, probability`` of every picture to predict; returns how many."""
+    module = trainer.lightning_module
+    names = trainer.datamodule.class_names
+    module.eval()
+
+    def rows() -> Iterator[tuple[int, str, float]]:
+        for number, batch in enumerate(batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())):
+            with trainer.fabric.autocast():
+                out = module.predict_step(batch, number)
+            best = out["probs"].max(1)
+            for index, label, value in zip(out["index"], best.indices, best.values, strict=True):
+                yield int(index), names[int(label)], round(float(value), 6)
+
+    count = 0
+
+    def write(file: Path) -> None:
+        nonlocal count
+        with file.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(("index", "label", "probability"))
+            for row in rows():
+                writer.writerow(row)
+                count += 1
+
+    write_atomically(path, write)
+    return count

@@ -1,0 +1,1 @@
+"""Callbacks: averaging, checkpoints, records, progress."""

@@ -1,0 +1,232 @@
+"""What a user sees of a run: a table, a live display or plain lines, a summary."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedlora.callbacks.base import FederatedCallback, Row
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
+
+    from fedlora.engines.local import Lane
+    from fedlora.rounds import Rounds
+    from fedlora.run_folder import RunFolder
+    from fedlora.state import Client, ClientUpdate, Round
+    from fedlora.trainer import FederatedTrainer
+
+ProgressMode = Literal["auto", "rich", "plain", "off"]
+log = logging.getLogger("fedlora")
+REFRESH_S = 0.25  # reading a loss waits for the device, so the display looks at it rarely
+
+
+class Progress(FederatedCallback):
+    """Shows a run.
+
+    Args:
+        mode: ``rich`` (a live display), ``plain`` (a line a round), ``off``, or ``auto``: ``rich`` on
+            a terminal and ``plain`` elsewhere.
+    """
+
+    def __init__(self, mode: ProgressMode = "auto") -> None:
+        self.mode: ProgressMode = mode
+        self._console: Console | None = None
+        self._bar: RichProgress | None = None
+        self._tasks: dict[str, Any] = {}
+        self._played = 0
+        self._began = 0.0
+        self._shown = 0.0
+        self._total_steps = 0
+
+    @property
+    def console(self) -> Console:
+        """Where it is shown."""
+        if self._console is None:
+            from rich.console import Console
+
+            self._console = Console(highlight=False, soft_wrap=True)
+        return self._console
+
+    @property
+    def live(self) -> bool:
+        """Whether there is a live display."""
+        return self.mode == "rich" or (self.mode == "auto" and self.console.is_terminal)
+
+    def say(self, text: str) -> None:
+        """One line, in the log too."""
+        log.info(text)
+        if self.mode != "off":
+            self.console.print(text, markup=False)
+
+    def table(self, values: Mapping[str, Any], title: str = "") -> None:
+        """Names and values in two columns."""
+        for name, value in values.items():
+            log.info("%s: %s", name, value)
+        if self.mode == "off":
+            return
+        from rich.table import Table
+
+        table = Table(title=title or None, show_header=False, title_justify="left")
+        for name, value in values.items():
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        self.console.print(table)
+
+    def describe(self, trainer: FederatedTrainer, rounds: Rounds) -> None:
+        """The table at the start: what is trained, what travels, who holds what."""
+        lora = rounds.engine.lora
+        rnd = rounds.round(trainer.server.round_idx)
+        trained = sum(
+            parameter.numel()
+            for part in rounds.rule.trainable(rnd)
+            for parameter in lora.parameters[part].values()
+        )
+        adapters = sum(p.numel() for part in ("A", "B") for p in lora.parameters[part].values())
+        head = lora.classifier.classifier
+        total = sum(p.numel() for p in lora.classifier.clip.parameters())
+        total += 0 if head is None else sum(p.numel() for p in head.parameters())
+        state = lora.state()
+        sizes = sorted(client.num_samples for client in rounds.clients)
+        self.table(
+            {
+                "model": f"{lora.classifier.model_name}, {lora.classifier.head} head, "
+                f"{lora.classifier.num_classes} classes",
+                "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
+                "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
+                "rule": type(rounds.rule).__name__,
+                "traffic per client and round": f"{readable(state.only(rounds.rule.shared(rnd)).nbytes)} "
+                "each way",
+                "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
+                f"(median {sizes[len(sizes) // 2]})",
+                "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
+                "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
+                "run folder": str(trainer.run.path),
+            },
+            title="fedlora",
+        )
+
+    def conclude(self, summary: Mapping[str, Any], run: RunFolder, personal: int) -> None:
+        """The summary at the end and where things are."""
+        best = summary["best"]
+        shown: dict[str, Any] = {
+            "rounds": f"{summary['round']} ({summary['finished']})",
+            **{f"zero-shot {name}": v for name, v in summary["zero_shot"].items() if "acc" in name},
+            **{name: value for name, value in summary.items() if name.startswith("test/")},
+        }
+        if best is not None:
+            shown["best val/acc"] = f"{best['val/acc']:.4f} (round {best['round']})"
+        shown |= {
+            "traffic": f"{readable(summary['comm/up_bytes'])} up, {readable(summary['comm/down_bytes'])} down",
+            "time": f"{summary['seconds']:.1f} s",
+            "adapter": str(run.adapter),
+            "metrics": str(run.metrics),
+            "checkpoints": str(run.path / "checkpoints"),
+        }
+        if personal:
+            shown["personal adapters"] = f"{personal} in {run.path / 'adapters'}"
+        self.table(shown, title="done")
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Open the live display."""
+        self._began, self._played = time.perf_counter(), 0
+        if self.live:
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[note]}"),
+                progress.TimeElapsedColumn(),
+                console=self.console,
+                transient=True,
+            )
+            done = trainer.server.round_idx
+            self._tasks = {
+                "round": self._bar.add_task("rounds", total=trainer.max_rounds, completed=done, note=""),
+                "client": self._bar.add_task("clients", total=1, note=""),
+                "step": self._bar.add_task("steps", total=1, note=""),
+            }
+            self._bar.start()
+
+    def on_round_start(
+        self, trainer: FederatedTrainer, pl_module: Any, rnd: Round, clients: Sequence[Client]
+    ) -> None:
+        """Count the round's clients from 0."""
+        if self._bar:
+            self._bar.reset(self._tasks["client"], total=len(clients), note="")
+
+    def on_client_start(self, trainer: FederatedTrainer, pl_module: Any, client: Client) -> None:
+        """Count the client's steps from 0."""
+        if self._bar:
+            total = trainer.num_batches(client)
+            self._bar.reset(self._tasks["step"], total=total, note=str(client))
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on by a batch; look at the loss now and then."""
+        if self._bar is None:
+            return
+        self._bar.advance(self._tasks["step"])
+        lane: Lane = trainer.lane
+        if time.perf_counter() - self._shown > REFRESH_S:
+            self._shown = time.perf_counter()
+            figures = lane.metrics()
+            note = f"{lane.client}: loss {figures['loss']:.3f}, acc {figures['acc']:.3f}"
+            self._bar.update(self._tasks["step"], note=note)
+
+    def on_client_end(self, trainer: Any, pl_module: Any, update: ClientUpdate) -> None:
+        """Move on by a client."""
+        if self._bar:
+            self._bar.advance(self._tasks["client"])
+
+    def on_round_end(self, trainer: FederatedTrainer, pl_module: Any, row: Row) -> None:
+        """A line with the round's figures and the time left."""
+        done = int(row["round"] or 0)
+        parts = [f"round {done}/{trainer.max_rounds}"]
+        for name, label in (
+            ("train/loss", "train loss"),
+            ("val/loss", "val loss"),
+            ("val/acc", "val acc"),
+            ("clients/acc_mean", "clients' acc"),
+            ("test/acc", "test acc"),
+            ("agg/error", "agg error"),
+        ):
+            if row.get(name) is not None:
+                parts.append(f"{label} {row[name]:.4f}")
+        if done == 0:
+            parts.append("(untrained: zero-shot)")
+        elif "time/round_s" in row:
+            self._played += 1
+            each = (time.perf_counter() - self._began) / self._played
+            parts.append(f"{row['time/round_s']:.1f} s, {each * (trainer.max_rounds - done):.0f} s left")
+        self.say("  ".join(parts))
+        if self._bar:
+            self._bar.update(self._tasks["round"], completed=done)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Close the live display."""
+        self.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Close the live display."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the live display."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+
+def readable(count: float) -> str:
+    """Bytes for people: 1,234,000 -> "1.23 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError  # the last unit always returns

@@ -1,0 +1,167 @@
+"""``last.ckpt``, the truth about a run: what is in it, and whether it fits."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import CheckpointError
+from fedlora.files import clear_os_errors, write_atomically
+from fedlora.state import AdapterState, ServerState
+
+FORMAT = 1
+# What may differ when a run goes on: none of it changes what the rounds compute.
+FREE = (
+    "trainer.max_rounds",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.lanes",
+    "trainer.threads",
+    "trainer.logger",
+    "trainer.progress",
+    "trainer.default_root_dir",
+    "ckpt_path",
+    "config",
+    "quiet",
+)
+PACKAGES = ("lightning", "torch", "peft", "transformers", "torchmetrics", "jsonargparse")
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, fedlora and the packages whose numbers matter."""
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("fedlora", *PACKAGES)},
+    }
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file.
+
+    Attributes:
+        server: the server's state.
+        rule: ``class_path`` and ``state`` of the aggregation rule.
+        callbacks: state of each callback, by class name.
+        identity: what the run was started with besides its config (model hash, classes, seed).
+        config: the resolved configuration, or None where the run was made from Python.
+    """
+
+    server: ServerState
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Mapping[str, Any] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint; when ``path`` exists it stays in place until the new one is whole.
+
+    ``last.ckpt`` that is replaced becomes ``previous.ckpt``.
+    """
+    import torch
+
+    server = checkpoint.server
+    content = {
+        "format": FORMAT,
+        "versions": versions(),
+        "round_idx": server.round_idx,
+        "adapter": server.adapter.to_dict(),
+        "client_versions": dict(server.versions),
+        "history": [dict(row) for row in server.history],
+        "finished": server.finished,
+        "rule": dict(checkpoint.rule),
+        "callbacks": dict(checkpoint.callbacks),
+        "identity": dict(checkpoint.identity),
+        "config": checkpoint.config,
+    }
+
+    def write(file: Path) -> None:
+        torch.save(content, file)
+        if path.stem == "last" and path.exists():
+            keep_as(path, path.with_name("previous.ckpt"))
+
+    write_atomically(path, write)
+
+
+def keep_as(path: Path, copy: Path) -> None:
+    """Give a file a second name, so that there is no moment without a whole checkpoint."""
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    with clear_os_errors(copy):
+        try:
+            os.link(path, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, temporary)
+        temporary.replace(copy)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint; nothing in it is ever executed.
+
+    Raises:
+        CheckpointError: when it is missing, damaged or of another format.
+    """
+    import torch
+
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found = content["format"]
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {found}, this version reads {FORMAT}. Use the version of fedlora "
+                f"that wrote it ({content['versions']['fedlora']})."
+            )
+        server = ServerState(
+            AdapterState.from_dict(content["adapter"]),
+            content["round_idx"],
+            content["client_versions"],
+            tuple(content["history"]),
+            content["finished"],
+        )
+        return Checkpoint(
+            server,
+            content["rule"],
+            content["callbacks"],
+            content["identity"],
+            content["config"],
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001  (torch.load fails with many types on damaged bytes)
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from error
+
+
+def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:
+    """Every setting that differs and may not, as ``key: saved -> now``."""
+    if saved is None or now is None:
+        return []
+    old, new = dict(_flat(saved)), dict(_flat(now))
+    keys = sorted(key for key in old.keys() | new.keys() if not _is_free(key))
+    return [
+        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        for key in keys
+        if old.get(key, "absent") != new.get(key, "absent")
+    ]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in FREE)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield name, value

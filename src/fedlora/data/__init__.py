@@ -1,0 +1,22 @@
+"""Pictures and who holds them: sources, preprocessing, partitions, the data module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedlora.data.preprocess import ImagePreprocess
+from fedlora.data.sources import Digits, ImageSource, ImageTable
+
+if TYPE_CHECKING:
+    from fedlora.data.datamodule import FederatedDataModule
+
+__all__ = ["Digits", "FederatedDataModule", "ImagePreprocess", "ImageSource", "ImageTable"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning takes seconds to import; models and tools that need a size or a mean do not need it.
+    if name == "FederatedDataModule":
+        from fedlora.data.datamodule import FederatedDataModule
+
+        return FederatedDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""How clients are played: the one local loop, and who runs it when."""

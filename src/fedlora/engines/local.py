@@ -1,0 +1,171 @@
+"""The one local loop, the only place with a backward pass."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.errors import FedloraError
+from fedlora.sampling import derive_seed
+from fedlora.state import Client, Round
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+    from fedlora.modules.classifier import CLIPLoRAClassifier
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteError(FedloraError):
+    """A client's loss or adapter became NaN or infinite."""
+
+
+@dataclass
+class Lane:
+    """One client while it trains.
+
+    Attributes:
+        client: who.
+        parameters: the leaves that it trains, by name.
+        optimizer: fresh for this round.
+        step: optimizer steps taken.
+        loss: sum of the samples' losses, float64, on the device.
+        correct: samples classified right, on the device.
+        seen: samples seen.
+    """
+
+    client: Client
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    correct: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    seen: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Mean training loss and accuracy over the samples seen."""
+        count = max(self.seen, 1)
+        return {"loss": float(self.loss) / count, "acc": float(self.correct) / count}
+
+
+@dataclass(frozen=True)
+class LocalLoop:
+    """Trains lanes.
+
+    Attributes:
+        fabric: autocast, backward and optimizer steps under its precision.
+        module: the classifier; its step returns ``losses`` (n,) and ``correct`` (n,).
+        epochs: passes over the client's rows; ignored where ``steps`` is given.
+        steps: optimizer steps; rows are passed over as often as that takes.
+        clip: largest norm of a lane's gradient; None does not clip.
+        accumulate: batches per optimizer step.
+        limit_batches: most batches per epoch; None means all.
+        on_batch: called after each batch with its lane, what the step returned, and the batch.
+    """
+
+    fabric: Fabric
+    module: CLIPLoRAClassifier
+    epochs: int = 1
+    steps: int | None = None
+    clip: float | None = None
+    accumulate: int = 1
+    limit_batches: int | None = None
+    on_batch: Callable[[Lane, dict[str, Tensor], Batch], None] | None = None
+
+    def num_batches(self, per_epoch: int) -> int:
+        """Batches that a client with ``per_epoch`` batches runs."""
+        if self.limit_batches is not None:
+            per_epoch = min(per_epoch, self.limit_batches)
+        return per_epoch * self.epochs if self.steps is None else self.steps * self.accumulate
+
+    def run(self, client: Client, rnd: Round, per_epoch: int, batches: Callable[[int], Iterable[Batch]]) -> Lane:
+        """Train one client on what the module holds now.
+
+        Args:
+            client: who.
+            rnd: the round.
+            per_epoch: number of batches of an epoch.
+            batches: epoch -> its batches.
+
+        Raises:
+            NonFiniteError: when the loss or a trained parameter is NaN or infinite at the end.
+        """
+        lora = self.module.lora
+        if lora is None:
+            raise FedloraError("the model is not built yet.")
+        self._reset_scaler()
+        lane = Lane(client, lora.trainable(), self.module.configure_optimizers())
+        device = self.fabric.device
+        lane.loss, lane.correct = lane.loss.to(device), lane.correct.to(device)
+        key = derive_seed(rnd.seed, "dropout", rnd.idx, client.id)
+        total = self.num_batches(per_epoch)
+        self.module.train()
+        try:
+            for window in _windows(itertools.islice(self._stream(batches), total), self.accumulate, total):
+                for position, (batch, count) in enumerate(window):
+                    lora.set_dropout_key(key, lane.step * self.accumulate + position)
+                    self._backward(lane, batch, count)
+                self._step(lane)
+        finally:
+            lora.set_dropout_key(None)
+        self._check_finite(lane, rnd)
+        return lane
+
+    def _stream(self, batches: Callable[[int], Iterable[Batch]]) -> Iterator[Batch]:
+        for epoch in itertools.count():
+            yield from itertools.islice(batches(epoch), self.limit_batches)
+
+    def _backward(self, lane: Lane, batch: Batch, count: int) -> None:
+        batch = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+        # Fabric does not autocast around a LightningModule's training_step on one device.
+        with self.fabric.autocast():
+            out = self.module.training_step(batch, lane.step)
+        self.fabric.backward(out["losses"].mean() / count)
+        lane.loss += out["losses"].detach().sum(dtype=torch.float64)
+        lane.correct += out["correct"].sum()
+        lane.seen += len(out["losses"])
+        if self.on_batch is not None:
+            self.on_batch(lane, out, batch)
+
+    def _step(self, lane: Lane) -> None:
+        precision = self.fabric.strategy.precision
+        if self.clip is not None:
+            precision.unscale_gradients(lane.optimizer)
+            nn.utils.clip_grad_norm_(lane.parameters.values(), self.clip)
+        self.fabric.strategy.optimizer_step(lane.optimizer)
+        lane.optimizer.zero_grad(set_to_none=True)
+        lane.step += 1
+
+    def _reset_scaler(self) -> None:
+        """A loss scale belongs to one client: the strategy's only scaler starts anew for each."""
+        scaler: Any = getattr(self.fabric.strategy.precision, "scaler", None)
+        if scaler is not None:
+            fresh = torch.amp.GradScaler(device=self.fabric.device.type)
+            self.fabric.strategy.precision.scaler = fresh  # type: ignore[union-attr]
+
+    def _check_finite(self, lane: Lane, rnd: Round) -> None:
+        # Once per client and not per step: reading a value waits for the device.
+        checks = [lane.loss.isfinite(), *(p.detach().isfinite().all() for p in lane.parameters.values())]
+        if not bool(torch.stack(checks).all()):
+            what = "loss" if not bool(checks[0]) else "adapter"
+            raise NonFiniteError(
+                f"the {what} of {lane.client} became NaN or infinite in round {rnd.idx}. Lower the "
+                "learning rate, set trainer.gradient_clip_val, or set trainer.on_nonfinite=skip to "
+                "go on without such clients."
+            )
+
+
+def _windows(
+    stream: Iterable[Batch], size: int, total: int
+) -> Iterator[Iterator[tuple[Batch, int]]]:
+    """The batches of each optimizer step, each with the number that its step really has."""
+    stream = iter(stream)
+    for start in range(0, total, size):
+        count = min(size, total - start)
+        yield ((batch, count) for batch in itertools.islice(stream, count))

@@ -1,0 +1,103 @@
+"""Plays the clients of a round one after the other in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedlora.engines.local import LocalLoop, NonFiniteError
+from fedlora.errors import FedloraError
+from fedlora.state import AdapterState, Client, ClientUpdate, Part, Round, ServerState
+
+if TYPE_CHECKING:
+    from fedlora.aggregation import Aggregator
+    from fedlora.data import FederatedDataModule
+    from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
+    from fedlora.personal import ClientStore
+
+
+class SequentialEngine:
+    """One client at a time, on one frozen backbone.
+
+    Args:
+        loop: the local loop.
+        data: gives each client's batches.
+        store: what stays with the clients.
+        on_start: called before a client trains.
+        on_skip: called with a client whose loss or adapter was not finite; None stops instead.
+    """
+
+    def __init__(
+        self,
+        loop: LocalLoop,
+        data: FederatedDataModule,
+        store: ClientStore,
+        on_start: Callable[[Client], None],
+        on_skip: Callable[[Client, NonFiniteError], None] | None = None,
+    ) -> None:
+        self.loop = loop
+        self.data = data
+        self.store = store
+        self.on_start = on_start
+        self.on_skip = on_skip
+
+    @property
+    def lora(self) -> CLIPLoRAWrapper:
+        """The adapter in the model."""
+        if self.loop.module.lora is None:
+            raise FedloraError("the model is not built yet.")
+        return self.loop.module.lora
+
+    def load(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> tuple[AdapterState, int]:
+        """Load what a client starts from; returns its public part and the bytes that travelled."""
+        down = rule.distribute(server.adapter, client, rnd)
+        # Public knowledge, then what the client kept, then what travelled. The private part goes
+        # into the model only: no rule sees it.
+        kept = self.store.read(client.id, server.versions)
+        self.lora.load(down.over(kept.over(server.adapter)))
+        return down.over(server.adapter), down.nbytes
+
+    def play(
+        self, chosen: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
+    ) -> Iterator[ClientUpdate]:
+        """Train each chosen client and yield what it sends, in their order."""
+        trainable, shared = rule.trainable(rnd), rule.shared(rnd)
+        for client in chosen:
+            self.on_start(client)
+            began = time.perf_counter()
+            sent, down_nbytes = self.load(client, rnd, server, rule)
+            self.lora.set_trainable(trainable)
+            try:
+                lane = self._train(client, rnd)
+            except NonFiniteError as error:
+                if self.on_skip is None:
+                    raise
+                self.on_skip(client, error)
+                continue
+            trained = replace(self.lora.state(), residual={}).only(trainable)
+            self._keep(client, rnd, trained, trainable - shared)
+            yield ClientUpdate(
+                client=client,
+                sent=sent,
+                payload=rule.upload(sent, trained, client, rnd),
+                weight=float(client.num_samples),
+                metrics={**lane.metrics(), "seconds": time.perf_counter() - began},
+                num_steps=lane.step,
+                down_nbytes=down_nbytes,
+            )
+
+    def _train(self, client: Client, rnd: Round):  # type: ignore[no-untyped-def]
+        return self.loop.run(
+            client,
+            rnd,
+            self.data.num_batches(client),
+            lambda epoch: self.data.client_batches(client, rnd, epoch),
+        )
+
+    def _keep(
+        self, client: Client, rnd: Round, trained: AdapterState, private: frozenset[Part]
+    ) -> None:
+        if private:
+            self.store.write(client.id, rnd.idx + 1, trained.only(private))

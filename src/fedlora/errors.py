@@ -1,0 +1,15 @@
+"""Errors that a user can mend: one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class FedloraError(ValueError):
+    """A mistake in input or surroundings; the command line prints it as one line, exit code 1."""
+
+
+class CheckpointError(FedloraError):
+    """A checkpoint that cannot be read or does not fit."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived; like KeyboardInterrupt not an Exception, so that nothing swallows it."""

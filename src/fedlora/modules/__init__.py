@@ -1,0 +1,1 @@
+"""The CLIP classifier and its LoRA adapter."""

@@ -1,0 +1,202 @@
+"""The LightningModule: a LoRA-adapted CLIP classifier that knows nothing of clients or rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from fedlora.data.preprocess import ImagePreprocess
+from fedlora.errors import FedloraError
+from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel, Head
+from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, Towers
+from fedlora.modules.config import LoRAConfig
+from fedlora.modules.loading import load_preprocess_config
+
+Batch = Mapping[str, Tensor]
+
+
+class CLIPLoRAClassifier(LightningModule):
+    """CLIP with a LoRA adapter and a classification head.
+
+    The model is built in :meth:`configure_model`, where the data's class names are known; the
+    constructor only keeps the settings. ``lightning.Trainer`` fits it as it is (the centralised
+    baseline), ``FederatedTrainer`` plays clients with it.
+
+    Args:
+        model_name: ``tiny-clip``, a local folder in the Hugging Face layout, or a hub name.
+        num_classes: checked against the data where given.
+        head: ``linear`` (on normalised image features) or ``text`` (cosine with class prompts).
+        towers: which towers are adapted; with ``vision`` the text tower is dropped once the class
+            prompts are encoded.
+        lora: the adapter's settings.
+        optimizer: makes the optimizer from parameter groups.
+        head_lr: learning rate of the head; None takes the optimizer's.
+        label_smoothing: of the training loss, in [0, 1).
+
+    Raises:
+        FedloraError: for a wrong setting; for a model that cannot be had, once it is built.
+    """
+
+    def __init__(
+        self,
+        model_name: str = "tiny-clip",
+        num_classes: int | None = None,
+        head: Head = "linear",
+        towers: Towers = "vision",
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008  (read only; the command line shows its fields)
+        optimizer: OptimizerCallable = AdamW,
+        head_lr: float | None = None,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        lora.validate()
+        if not 0 <= label_smoothing < 1:
+            raise FedloraError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}.")
+        if head_lr is not None and not head_lr >= 0:
+            raise FedloraError(f"model.head_lr must be 0 or above, got {head_lr}.")
+        self.model_name = model_name
+        self.num_classes = num_classes
+        self.head = head
+        self.towers = towers
+        self.lora_config = lora
+        self.optimizer = optimizer
+        self.head_lr = head_lr
+        self.label_smoothing = label_smoothing
+        self.model: FederatedCLIPModel | None = None
+        self.lora: CLIPLoRAWrapper | None = None
+
+    @cached_property
+    def preprocess(self) -> ImagePreprocess:
+        """How pictures become the model's input; reads one small file."""
+        return ImagePreprocess.from_config(load_preprocess_config(self.model_name))
+
+    def configure_model(self) -> None:
+        """Build the model from the data's class names; does nothing the second time."""
+        if self.model is not None:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        names = getattr(data, "class_names", None)
+        self.build(names, getattr(data, "templates", None))
+
+    def build(
+        self, class_names: Iterable[str] | None, templates: Iterable[str] | None = None
+    ) -> CLIPLoRAWrapper:
+        """Load CLIP, make the head and inject the adapter."""
+        names = None if class_names is None else list(class_names)
+        if names is not None and self.num_classes not in (None, len(names)):
+            raise FedloraError(
+                f"model.num_classes is {self.num_classes} but the data has {len(names)} classes. "
+                "Leave it out, or set it to that number."
+            )
+        model = FederatedCLIPModel(
+            self.model_name,
+            self.num_classes,
+            head=self.head,
+            class_names=names,
+            templates=list(templates or DEFAULT_TEMPLATES),
+            keep_text_tower=self.towers == "both",
+        )
+        self.lora = CLIPLoRAWrapper(model, self.lora_config, towers=self.towers)
+        self.model = model
+        return self.lora
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float."""
+        if self.model is None:
+            raise FedloraError("the model is not built yet: call build() or use a trainer.")
+        return self.model(images)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """The loss of a batch: ``loss`` (mean), ``losses`` (n,) and ``correct`` (n,)."""
+        logits = self(batch["image"])
+        losses = nn.functional.cross_entropy(
+            logits, batch["label"], reduction="none", label_smoothing=self.label_smoothing
+        )
+        correct = logits.detach().argmax(1) == batch["label"]
+        return {"loss": losses.mean(), "losses": losses, "correct": correct}
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """``losses`` (n,), ``logits`` (n, classes) and ``label`` (n,), without smoothing."""
+        logits = self(batch["image"])
+        losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
+        return {"losses": losses, "logits": logits, "label": batch["label"]}
+
+    def test_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """As in validation."""
+        return self.validation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
+        """``index`` (n,) of each picture and its class probabilities ``probs`` (n, classes)."""
+        return {"index": batch["index"], "probs": self(batch["image"]).softmax(-1)}
+
+    def make_metrics(self) -> MetricCollection:
+        """Fresh metrics of an evaluation: ``acc`` and ``loss``, updated by :func:`update_metrics`."""
+        if self.model is None:
+            raise FedloraError("the model is not built yet: call build() or use a trainer.")
+        # Ranks are summed by the trainer, which counts each sample once.
+        accuracy = MulticlassAccuracy(
+            num_classes=self.model.num_classes, average="micro", sync_on_compute=False
+        )
+        return MetricCollection(
+            {"acc": accuracy, "loss": MeanMetric(sync_on_compute=False).set_dtype(torch.float64)},
+            compute_groups=False,
+        )
+
+    def optimizer_groups(self) -> list[dict[str, Any]]:
+        """The trained parameters, the head apart so that it has its own learning rate."""
+        if self.lora is None:
+            raise FedloraError("the model is not built yet: call build() or use a trainer.")
+        trained = self.lora.trainable()
+        head = [p for name, p in trained.items() if name.startswith("other/classifier.")]
+        rest = [p for name, p in trained.items() if not name.startswith("other/classifier.")]
+        groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
+        if head:
+            groups.append({"params": head} | ({} if self.head_lr is None else {"lr": self.head_lr}))
+        return groups
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """A fresh optimizer over what is trainable now."""
+        return self.optimizer(self.optimizer_groups())
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What logs the steps' figures under ``lightning.Trainer``."""
+        return [StepLogger()]
+
+
+def update_metrics(metrics: MetricCollection, step: Mapping[str, Tensor]) -> None:
+    """Count one batch of :meth:`CLIPLoRAClassifier.validation_step`."""
+    metrics["acc"].update(step["logits"], step["label"])
+    metrics["loss"].update(step["losses"].double())
+
+
+class StepLogger(Callback):
+    """Logs ``train/loss``, ``val/acc``, ``val/loss``, ``test/…`` under ``lightning.Trainer``."""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log the training loss."""
+        pl_module.log("train/loss", outputs["loss"], batch_size=len(batch["label"]))
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *step: Any) -> None:
+        """Log the validation figures."""
+        self._log("val", pl_module, step[0])
+
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *step: Any) -> None:
+        """Log the test figures."""
+        self._log("test", pl_module, step[0])
+
+    def _log(self, stage: str, pl_module: LightningModule, step: Mapping[str, Tensor]) -> None:
+        count = len(step["label"])
+        correct = (step["logits"].argmax(1) == step["label"]).double().mean()
+        pl_module.log(f"{stage}/acc", correct, batch_size=count, on_epoch=True, prog_bar=True)
+        pl_module.log(f"{stage}/loss", step["losses"].mean(), batch_size=count, on_epoch=True)

@@ -1,0 +1,242 @@
+"""One round after another: choose, play, average, evaluate, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedlora import artefacts, checkpoint
+from fedlora.aggregation.meter import AggregationMeter
+from fedlora.callbacks.base import Row
+from fedlora.engines.evaluate import evaluate, evaluate_clients
+from fedlora.errors import FedloraError
+from fedlora.run_folder import CHECKPOINTS
+from fedlora.sampling import choose
+from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
+
+if TYPE_CHECKING:
+    from fedlora.engines.sequential import SequentialEngine
+    from fedlora.trainer import FederatedTrainer
+
+
+class Tally:
+    """Adds up what a round's updates say while they stream by."""
+
+    def __init__(self) -> None:
+        self.up = self.down = 0
+        self.clients: list[Client] = []
+        self._loss = self._weight = 0.0
+
+    def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+        """Pass the updates on."""
+        for update in updates:
+            self.clients.append(update.client)
+            self.up += update.nbytes
+            self.down += update.down_nbytes
+            self._loss += update.metrics["loss"] * update.client.num_samples
+            self._weight += update.client.num_samples
+            yield update
+
+    @property
+    def loss(self) -> float | None:
+        """Mean training loss over the samples of the clients that answered."""
+        return self._loss / self._weight if self._weight else None
+
+
+class Rounds:
+    """Plays the rounds of a run.
+
+    Args:
+        trainer: settings, hooks, run folder and the server's state.
+        engine: plays the clients.
+        clients: every client of the federation.
+    """
+
+    def __init__(
+        self,
+        trainer: FederatedTrainer,
+        engine: SequentialEngine,
+        clients: Sequence[Client],
+    ) -> None:
+        self.trainer = trainer
+        self.engine = engine
+        self.clients = clients
+        self.rule = trainer.averaging.aggregator
+        # What a resumed run must share with this one besides its config.
+        self.identity: dict[str, Any] = {
+            "seed": trainer.seed,
+            "rule": _class_path(self.rule),
+            "base_model_sha256": engine.lora.classifier.base_sha256,
+            "class_names": list(engine.data.class_names),
+            "client_samples": [client.num_samples for client in clients],
+            "scaling": dict(engine.lora.scaling),
+            "shapes": {name: list(tensor.shape) for name, tensor in engine.lora.state().tensors()},
+        }
+        self._on_disk: dict[str, Mapping[int, int]] = {}
+
+    def round(self, idx: int) -> Round:
+        """What is known about a round beforehand."""
+        count = len(self.clients)
+        cohort = self.trainer.clients_per_round or count
+        return Round(idx, self.trainer.seed, count, min(cohort, count))
+
+    def start(self) -> None:
+        """Begin a new run: the untrained model is evaluated as row 0 and saved."""
+        lora = self.engine.lora
+        server = self.rule.start(lora.state(), lora.base_weights(), self.round(0))
+        lora.load(server)
+        state = ServerState(server)
+        row: dict[str, float | None] = {"round": 0, **self._evaluate(state, choose(self.clients, self.round(0)))}
+        row.update(self.test())
+        self._commit(replace(state, history=(row,)), row)
+
+    def resume(self, saved: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: names everything that differs from what was saved.
+        """
+        changed = checkpoint.differences(saved.config, self.trainer.config)
+        changed += checkpoint.differences(saved.identity, self.identity)
+        if changed:
+            raise checkpoint.CheckpointError(
+                f"the run in {self.trainer.run.path} cannot go on with other settings: "
+                f"{'; '.join(changed)}. Set them back, or start a new run."
+            )
+        self.rule.load_state_dict(saved.rule["state"])
+        self.trainer.hooks.load_state_dict(dict(saved.callbacks))
+        self.trainer.server = saved.server
+        self.engine.lora.load(saved.server.adapter)
+        if self.engine.store.folder.exists():
+            self._on_disk = {name: self._versions(name) for name in CHECKPOINTS}
+            self.engine.store.prune(self._on_disk.values())
+
+    def play(self) -> None:
+        """Play the next round."""
+        trainer, server = self.trainer, self.trainer.server
+        began = time.perf_counter()
+        rnd = self.round(server.round_idx)
+        chosen = choose(self.clients, rnd)
+        trainer.call("on_train_epoch_start")
+        trainer.call("on_round_start", rnd, chosen)
+        meter, tally = AggregationMeter(), Tally()
+        with closing(self.engine.play(chosen, rnd, server, self.rule)) as updates:
+            seen = tally.watch(meter.watch(self._announce(updates)))
+            adapter = trainer.averaging.average(server.adapter, seen, rnd)
+            for _ in seen:  # a rule that stops early must still let every client train
+                pass
+        _check_finite(adapter, rnd)
+        self.engine.lora.load(adapter)
+        personal = self.rule.trainable(rnd) != self.rule.shared(rnd)
+        state = replace(
+            server,
+            adapter=adapter,
+            round_idx=rnd.idx + 1,
+            versions=self.engine.store.take_versions(server.versions),
+        )
+        report: dict[str, float | None] = {
+            "round": state.round_idx,
+            "train/loss": tally.loss,
+            "comm/up_bytes": tally.up,
+            "comm/down_bytes": tally.down,
+            "agg/error": None if personal else meter.error(adapter),
+        }
+        trainer.call("on_aggregate", server.adapter, adapter, report)
+        due = state.round_idx % trainer.val_every_n_rounds == 0
+        if due or state.round_idx == trainer.max_rounds:
+            report |= self._evaluate(state, tally.clients)
+        row = {**report, "time/round_s": time.perf_counter() - began}
+        self._commit(replace(state, history=(*server.history, row)), row)
+
+    def _announce(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
+        for update in updates:
+            self.trainer.call("on_client_end", update)
+            yield update
+
+    def _evaluate(self, state: ServerState, participants: Sequence[Client]) -> dict[str, float | None]:
+        """Metrics of the server's validation split and of clients' own."""
+        loop, data = self.engine.loop, self.engine.data
+        values = evaluate(loop.fabric, loop.module, data.val_dataloader(), loop.module.validation_step)
+        row: dict[str, float | None] = {f"val/{name}": value for name, value in values.items()}
+        which = self.trainer.val_clients
+        chosen = participants if which == "participants" else self.clients
+        if isinstance(which, int):
+            chosen = choose(self.clients, replace(self.round(0), cohort=which))
+        return row | evaluate_clients(self.engine, chosen, self.round(state.round_idx), state, self.rule)
+
+    def test(self) -> dict[str, float]:
+        """Metrics of the test split of the model as it is loaded."""
+        loop = self.engine.loop
+        batches = self.engine.data.test_dataloader()
+        values = evaluate(loop.fabric, loop.module, batches, loop.module.test_step)
+        return {f"test/{name}": value for name, value in values.items()}
+
+    def _commit(self, state: ServerState, row: Row) -> None:
+        """Let callbacks judge the row, save, and tell everyone that the round is over."""
+        trainer = self.trainer
+        trainer.server = state
+        trainer.callback_metrics = {
+            name: torch.tensor(float(value)) for name, value in row.items() if value is not None
+        }
+        if state.round_idx and "val/loss" in row:
+            trainer.call("on_validation_end")
+        if state.round_idx:
+            trainer.call("on_train_epoch_end")
+        trainer.call("on_round_evaluated", row)
+        if trainer.should_stop:
+            trainer.server = replace(state, finished="a callback asked to stop")
+        self._save()
+        self._derive(row)
+
+    def mend(self) -> None:
+        """Mend what a kill may have left behind the checkpoint: all else is derived from it."""
+        self._derive(self.trainer.server.history[-1])
+
+    def _derive(self, row: Row) -> None:
+        artefacts.export(self, self.trainer.run.adapter, self.trainer.server.adapter)
+        self.trainer.call("on_round_end", row)
+        self._prune(self.trainer.server)
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        rule = {"class_path": _class_path(self.rule), "state": self.rule.state_dict()}
+        content = checkpoint.Checkpoint(
+            trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
+        )
+        checkpoint.save(trainer.run.checkpoint("last"), content)
+
+    def keep_as_best(self) -> None:
+        """Give ``last.ckpt`` a second name, ``best.ckpt``."""
+        run = self.trainer.run
+        checkpoint.keep_as(run.checkpoint("last"), run.checkpoint("best"))
+        self._on_disk["best"] = self.trainer.server.versions
+
+    def _prune(self, state: ServerState) -> None:
+        """Forget the client states that no checkpoint on disk needs any more."""
+        self._on_disk["previous"] = self._on_disk.get("last", {})
+        self._on_disk["last"] = state.versions
+        changed = [c for c, version in state.versions.items() if version == state.round_idx]
+        if changed:
+            self.engine.store.prune(self._on_disk.values(), changed)
+
+    def _versions(self, name: str) -> Mapping[int, int]:
+        path = self.trainer.run.checkpoint(name)
+        return checkpoint.load(path).server.versions if path.exists() else {}
+
+
+def _class_path(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _check_finite(adapter: AdapterState, rnd: Round) -> None:
+    bad = [name for name, tensor in adapter.tensors() if not bool(tensor.isfinite().all())]
+    if bad:
+        raise FedloraError(
+            f"the averaged adapter became NaN or infinite in round {rnd.idx} ({bad[0]}). Lower the "
+            "learning rate or set trainer.gradient_clip_val."
+        )
