@@ -41,7 +41,7 @@ def export_personal(rounds: Rounds) -> int:
     for client in rounds.clients:
         if client.id in server.versions:
             engine.load(client, rnd, server, rounds.rule)
-            export(rounds, trainer.run.path / "adapters" / str(client.id), engine.lora.state(), client.id)
+            export(rounds, rounds.run.path / "adapters" / str(client.id), engine.lora.state(), client.id)
     engine.lora.load(server.adapter)
     return len(server.versions)
 
@@ -75,7 +75,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
         "precision": trainer.averaging.precision,
         "versions": versions(),
     }
-    write_json(trainer.run.summary, summary)
+    write_json(rounds.run.summary, summary)
     return summary
 
 
@@ -85,6 +85,18 @@ def summary_round(path: Path) -> int | None:
         return int(json.loads(path.read_text(encoding="utf-8"))["round"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
+    """Write the predictions beside the checkpoint, or under the root without one."""
+    from fedlora.session import load_for_evaluation
+
+    run = load_for_evaluation(trainer, ckpt_path)
+    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = write_predictions(trainer, path)
+    trainer.progress.say(f"{count} predictions are in {path}")
+    return path
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from fedlora.aggregation.meter import AggregationMeter
 from fedlora.callbacks.base import Row
 from fedlora.engines.evaluate import evaluate, evaluate_clients
 from fedlora.errors import FedloraError
-from fedlora.run_folder import CHECKPOINTS
+from fedlora.run_folder import CHECKPOINTS, RunFolder
 from fedlora.sampling import choose
 from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
 
@@ -52,7 +52,8 @@ class Rounds:
     """Plays the rounds of a run.
 
     Args:
-        trainer: settings, hooks, run folder and the server's state.
+        trainer: settings, hooks and the server's state.
+        run: the run folder.
         engine: plays the clients.
         clients: every client of the federation.
     """
@@ -60,6 +61,7 @@ class Rounds:
     def __init__(
         self,
         trainer: FederatedTrainer,
+        run: RunFolder,
         engine: SequentialEngine,
         clients: Sequence[Client],
     ) -> None:
@@ -67,6 +69,7 @@ class Rounds:
         self.engine = engine
         self.clients = clients
         self.rule = trainer.averaging.aggregator
+        self.run = run
         # What a resumed run must share with this one besides its config.
         self.identity: dict[str, Any] = {
             "seed": trainer.seed,
@@ -105,7 +108,7 @@ class Rounds:
         changed += checkpoint.differences(saved.identity, self.identity)
         if changed:
             raise checkpoint.CheckpointError(
-                f"the run in {self.trainer.run.path} cannot go on with other settings: "
+                f"the run in {self.run.path} cannot go on with other settings: "
                 f"{'; '.join(changed)}. Set them back, or start a new run."
             )
         self.rule.load_state_dict(saved.rule["state"])
@@ -198,7 +201,7 @@ class Rounds:
         self._derive(self.trainer.server.history[-1])
 
     def _derive(self, row: Row) -> None:
-        artefacts.export(self, self.trainer.run.adapter, self.trainer.server.adapter)
+        artefacts.export(self, self.run.adapter, self.trainer.server.adapter)
         self.trainer.call("on_round_end", row)
         self._prune(self.trainer.server)
 
@@ -208,12 +211,11 @@ class Rounds:
         content = checkpoint.Checkpoint(
             trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
         )
-        checkpoint.save(trainer.run.checkpoint("last"), content)
+        checkpoint.save(self.run.checkpoint("last"), content)
 
     def keep_as_best(self) -> None:
         """Give ``last.ckpt`` a second name, ``best.ckpt``."""
-        run = self.trainer.run
-        checkpoint.keep_as(run.checkpoint("last"), run.checkpoint("best"))
+        checkpoint.keep_as(self.run.checkpoint("last"), self.run.checkpoint("best"))
         self._on_disk["best"] = self.trainer.server.versions
 
     def _prune(self, state: ServerState) -> None:
@@ -225,7 +227,7 @@ class Rounds:
             self.engine.store.prune(self._on_disk.values(), changed)
 
     def _versions(self, name: str) -> Mapping[int, int]:
-        path = self.trainer.run.checkpoint(name)
+        path = self.run.checkpoint(name)
         return checkpoint.load(path).server.versions if path.exists() else {}
 
 

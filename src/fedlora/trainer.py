@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fedlora import artefacts, checkpoint
+from fedlora import artefacts, session
 from fedlora.callbacks.averaging import AdapterAveraging
 from fedlora.callbacks.checkpoint import RoundCheckpoint
 from fedlora.callbacks.progress import Progress, ProgressMode
 from fedlora.callbacks.records import Records
 from fedlora.data.datamodule import FederatedDataModule
-from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
-from fedlora.engines.sequential import SequentialEngine
-from fedlora.errors import CheckpointError, FedloraError
+from fedlora.engines.local import Lane
+from fedlora.errors import FedloraError
 from fedlora.hooks import Hooks
 from fedlora.modules.classifier import CLIPLoRAClassifier
-from fedlora.personal import ClientStore
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
-from fedlora.sampling import derive_seed
-from fedlora.state import AdapterState, Client, ServerState
+from fedlora.state import Client, ServerState
 
-log = logging.getLogger("fedlora")
 
 
 class FederatedTrainer:
@@ -140,12 +134,12 @@ class FederatedTrainer:
         # The resolved configuration, where there is one: saved, and compared on resume.
         self.config: Mapping[str, Any] | None = None
         self.config_text = ""
-        self.run: RunFolder
+        self.run: RunFolder | None = None
+        self.rounds: Rounds
         self.fabric: Fabric
         self.server: ServerState
         self.loggers: list[Logger] = []
         self.lane: Lane | None = None
-        self._rounds: Rounds
         # What Lightning's callbacks read.
         self.lightning_module: CLIPLoRAClassifier
         self.datamodule: FederatedDataModule
@@ -180,225 +174,43 @@ class FederatedTrainer:
         Raises:
             FedloraError: for input that cannot be used; one line that says what to do.
         """
-        self._launch(TrainerFn.FITTING, model, datamodule, lambda: self._fit(ckpt_path))
+        self._begin(TrainerFn.FITTING, model, datamodule)
+        session.launch(self, lambda: session.fit(self, ckpt_path))
 
     def validate(
         self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> dict[str, float]:
         """Evaluate on the server's validation split; without ``ckpt_path`` the untrained model."""
-        return self._evaluated(TrainerFn.VALIDATING, model, datamodule, ckpt_path)
+        self._begin(TrainerFn.VALIDATING, model, datamodule)
+        return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def test(
         self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> dict[str, float]:
         """Evaluate on the test split; without ``ckpt_path`` the untrained model."""
-        return self._evaluated(TrainerFn.TESTING, model, datamodule, ckpt_path)
+        self._begin(TrainerFn.TESTING, model, datamodule)
+        return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def predict(
         self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
     ) -> Path:
         """Write the predictions of the test pictures as CSV, beside the checkpoint; returns where."""
+        self._begin(TrainerFn.PREDICTING, model, datamodule)
+        return session.launch(self, lambda: artefacts.predict(self, ckpt_path))
 
-        def body() -> Path:
-            run = self._load_for_evaluation(ckpt_path)
-            path = run.predictions if run else self.default_root_dir / "predictions.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            count = artefacts.write_predictions(self, path)
-            self.progress.say(f"{count} predictions are in {path}")
-            return path
-
-        path: Path = self._launch(TrainerFn.PREDICTING, model, datamodule, body)
-        return path
+    def _begin(
+        self, stage: TrainerFn, model: CLIPLoRAClassifier, datamodule: FederatedDataModule
+    ) -> None:
+        self.state.fn = stage
+        self.lightning_module, self.datamodule = model, datamodule
 
     def num_batches(self, client: Client) -> int:
         """Batches that a client trains on in a round."""
-        return self._rounds.engine.loop.num_batches(self.datamodule.num_batches(client))
+        return self.rounds.engine.loop.num_batches(self.datamodule.num_batches(client))
 
     def keep_as_best(self) -> None:
         """Give the checkpoint just written a second name, ``best.ckpt``."""
-        self._rounds.keep_as_best()
-
-    def _launch(
-        self,
-        stage: TrainerFn,
-        model: CLIPLoRAClassifier,
-        datamodule: FederatedDataModule,
-        body: Callable[[], Any],
-    ) -> Any:
-        """Build Fabric, attach model and data, and run ``body`` under it."""
-        device = _device_type(self.accelerator)
-        self.averaging.check_device(device)
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        torch.use_deterministic_algorithms(self.deterministic)
-        self.fabric = Fabric(accelerator=device, devices=1, precision=self.averaging.precision)
-        self.lightning_module, self.datamodule = model, datamodule
-        self.state.fn = stage
-
-        def run(fabric: Fabric) -> Any:
-            with torch.random.fork_rng(devices=[fabric.device] if device == "cuda" else []):
-                self._attach(stage)
-                return body()
-
-        try:
-            return self.fabric.launch(run)
-        except BaseException as error:
-            self.call("on_exception", error)
-            raise
-        finally:
-            self.call("teardown", stage.value)
-            if hasattr(self, "run"):
-                self.run.unlock()
-
-    def _attach(self, stage: TrainerFn) -> None:
-        model, data = self.lightning_module, self.datamodule
-        model.trainer = self  # type: ignore[assignment]  # it only reads the data module from it
-        data.trainer = self  # type: ignore[assignment]
-        data.prepare_data()
-        data.setup(stage.value)
-        # The adapter's first values are a function of the seed alone.
-        torch.manual_seed(derive_seed(self.seed, "init"))
-        model.configure_model()
-        model.to(self.fabric.device)
-        self.call("setup", stage.value)
-
-    def _make_rounds(self, run: RunFolder) -> Rounds:
-        model, data = self.lightning_module, self.datamodule
-        clients = data.clients()
-        if self.clients_per_round is not None and self.clients_per_round > len(clients):
-            raise FedloraError(
-                f"trainer.clients_per_round must be between 1 and {len(clients)} (the number of "
-                f"clients), got {self.clients_per_round}. Lower it or raise data.num_clients."
-            )
-        loop = LocalLoop(
-            self.fabric,
-            model,
-            epochs=self.local_epochs,
-            steps=self.local_steps,
-            clip=self.gradient_clip_val,
-            accumulate=self.accumulate_grad_batches,
-            limit_batches=self.limit_train_batches,
-            on_batch=self._on_batch,
-        )
-        on_skip = self._on_skip if self.on_nonfinite == "skip" else None
-        engine = SequentialEngine(loop, data, ClientStore(run.clients), self._on_client_start, on_skip)
-        return Rounds(self, engine, clients)
-
-    def _on_client_start(self, client: Client) -> None:
-        self.call("on_client_start", client)
-
-    def _on_batch(self, lane: Lane, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        self.lane = lane
-        self.call("on_train_batch_end", outputs, batch, lane.step)
-
-    def _on_skip(self, client: Client, error: NonFiniteError) -> None:
-        self.progress.say(f"left out of the round: {error}")
-
-    def _fit(self, ckpt_path: str | None) -> None:
-        if ckpt_path is None:
-            self.run = RunFolder.create(self.default_root_dir)
-            self.run.lock()
-            saved = None
-        else:
-            self.run, which = RunFolder.of(ckpt_path, self.default_root_dir)
-            if which != "last":
-                raise CheckpointError(
-                    f"fit goes on from last.ckpt only, got {ckpt_path!r}. Give the run folder."
-                )
-            self.run.lock()
-            saved = self._read_last()
-        self._rounds = rounds = self._make_rounds(self.run)
-        self.server = ServerState(AdapterState())
-        if saved is not None:
-            rounds.resume(saved)
-            if self._is_over() and artefacts.summary_round(self.run.summary) == self.server.round_idx:
-                self.progress.say(f"nothing to do: the run in {self.run.path} is finished.")
-                return
-        self.run.write_config(self.config_text)
-        self.loggers = self._make_loggers()
-        self.progress.describe(self, rounds)
-        self.call("on_fit_start")
-        self.call("on_train_start")
-        if saved is None:
-            rounds.start()
-        else:
-            rounds.mend()
-        while not self._is_over():
-            rounds.play()
-        self.call("on_train_end")
-        self._finish(rounds)
-        self.call("on_fit_end")
-
-    def _is_over(self) -> bool:
-        return bool(self.server.finished) or self.server.round_idx >= self.max_rounds
-
-    def _read_last(self) -> checkpoint.Checkpoint | None:
-        """``last.ckpt``, or the one before where it is damaged; None where there is none yet."""
-        last, previous = self.run.checkpoint("last"), self.run.checkpoint("previous")
-        if not last.exists() and not previous.exists():
-            return None
-        try:
-            return checkpoint.load(last)
-        except CheckpointError as error:
-            if not previous.exists():
-                raise
-            saved = checkpoint.load(previous)
-            self.progress.say(f"{error} Going on from {previous}.")
-            return saved
-
-    def _finish(self, rounds: Rounds) -> None:
-        test = rounds.test()
-        self.call("on_test_end")
-        personal = artefacts.export_personal(rounds)
-        summary = artefacts.write_summary(rounds, test)
-        for logger in self.loggers:
-            logger.log_metrics(test, step=self.server.round_idx)
-            logger.finalize("success")
-        self.progress.conclude(summary, self.run, personal)
-
-    def _make_loggers(self) -> list[Logger]:
-        if isinstance(self.logger, bool):
-            if not self.logger:
-                return []
-            from lightning.pytorch.loggers import TensorBoardLogger
-
-            return [TensorBoardLogger(self.run.path, name="tensorboard", version="")]
-        return list(self.logger) if isinstance(self.logger, Iterable) else [self.logger]
-
-    def _evaluated(
-        self,
-        stage: TrainerFn,
-        model: CLIPLoRAClassifier,
-        datamodule: FederatedDataModule,
-        ckpt_path: str | None,
-    ) -> dict[str, float]:
-        def body() -> dict[str, float]:
-            from fedlora.engines.evaluate import evaluate
-
-            self._load_for_evaluation(ckpt_path)
-            testing = stage == TrainerFn.TESTING
-            batches = datamodule.test_dataloader() if testing else datamodule.val_dataloader()
-            step = model.test_step if testing else model.validation_step
-            values = evaluate(self.fabric, model, batches, step)
-            named = {f"{'test' if testing else 'val'}/{name}": value for name, value in values.items()}
-            self.callback_metrics = {name: torch.tensor(value) for name, value in named.items()}
-            self.call("on_test_end" if testing else "on_validation_end")
-            self.progress.table(named)
-            return named
-
-        result: dict[str, float] = self._launch(stage, model, datamodule, body)
-        return result
-
-    def _load_for_evaluation(self, ckpt_path: str | None) -> RunFolder | None:
-        """Load a checkpoint's adapter into the model; None leaves it untrained."""
-        if ckpt_path is None:
-            return None
-        run, which = RunFolder.of(ckpt_path, self.default_root_dir)
-        saved = checkpoint.load(run.checkpoint(which))
-        if self.lightning_module.lora is None:
-            raise FedloraError("the model is not built yet.")
-        self.lightning_module.lora.load(saved.server.adapter)
-        return run
+        self.rounds.keep_as_best()
 
 
 def _check_range(**values: tuple[int | None, int]) -> None:
@@ -407,19 +219,3 @@ def _check_range(**values: tuple[int | None, int]) -> None:
             raise FedloraError(f"trainer.{name} must be at least {least}, got {value}.")
 
 
-def _device_type(accelerator: str) -> str:
-    """``cuda``, ``mps`` or ``cpu``; refuses an accelerator that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if accelerator == "auto":
-        return next(name for name, available in there.items() if available)
-    if accelerator == "gpu":
-        accelerator = "mps" if there["mps"] and not there["cuda"] else "cuda"
-    if not there[accelerator]:
-        raise FedloraError(
-            f"trainer.accelerator={accelerator}: there is no such device here. Use auto or cpu."
-        )
-    return accelerator

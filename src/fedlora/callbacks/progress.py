@@ -103,7 +103,7 @@ class Progress(FederatedCallback):
                 f"(median {sizes[len(sizes) // 2]})",
                 "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
                 "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
-                "run folder": str(trainer.run.path),
+                "run folder": str(rounds.run.path),
             },
             title="fedlora",
         )

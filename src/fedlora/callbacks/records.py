@@ -41,10 +41,10 @@ class Records(FederatedCallback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the tables, or mend those of the run that is resumed."""
-        path, done = trainer.run.clients_csv, trainer.server.round_idx
+        path, done = trainer.rounds.run.clients_csv, trainer.server.round_idx
         kept = [row for row in read_rows(path) if row["round"].isdigit() and int(row["round"]) <= done]
         write_text(path, _table(CLIENTS, kept))
-        write_text(trainer.run.metrics, _table(METRICS, trainer.server.history))
+        write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
 
     def on_client_end(
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
@@ -61,7 +61,7 @@ class Records(FederatedCallback):
             "down_bytes": update.down_nbytes,
             **{name: update.metrics[name] for name in ("loss", "acc", "seconds")},
         }
-        with clear_os_errors(trainer.run.clients_csv), trainer.run.clients_csv.open(
+        with clear_os_errors(trainer.rounds.run.clients_csv), trainer.rounds.run.clients_csv.open(
             "a", encoding="utf-8", newline=""
         ) as file:
             csv.DictWriter(file, CLIENTS, lineterminator="\n").writerow(row)
@@ -70,7 +70,7 @@ class Records(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row
     ) -> None:
         """Write the history and tell the loggers."""
-        write_text(trainer.run.metrics, _table(METRICS, trainer.server.history))
+        write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
         values = {name: value for name, value in row.items() if value is not None and name != "round"}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=int(row["round"] or 0))

@@ -124,7 +124,7 @@ class FederatedDataModule(LightningDataModule):
         """Fetch or check the data; runs once per machine."""
         self.source.prepare()
 
-    def setup(self, stage: str | None = None) -> None:  # noqa: ARG002 - every stage needs all
+    def setup(self, stage: str | None = None) -> None:
         """Divide the rows and resize the pictures; does nothing that was done before.
 
         Raises:

@@ -1,0 +1,132 @@
+"""``python -m fedlora {fit,validate,test,predict}``: LightningCLI around FederatedTrainer."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from fedlora.arguments import complete, nearest
+from fedlora.data.datamodule import FederatedDataModule
+from fedlora.errors import FedloraError, Terminated
+from fedlora.modules.classifier import CLIPLoRAClassifier
+from fedlora.trainer import FederatedTrainer
+
+COMMANDS = ("fit", "validate", "test", "predict")
+# Exit codes.
+DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+
+class FederatedCLI(LightningCLI):
+    """LightningCLI for a trainer that is no ``Trainer``, without an optimizer shared by clients."""
+
+    trainer: FederatedTrainer
+
+    def __init__(self, args: Sequence[str]) -> None:
+        options: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
+        super().__init__(
+            CLIPLoRAClassifier,
+            FederatedDataModule,
+            trainer_class=FederatedTrainer,
+            save_config_callback=None,  # the trainer writes it, into the run folder
+            seed_everything_default=0,
+            parser_kwargs={**options, **{name: dict(options) for name in COMMANDS}},
+            args=list(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of their methods that are made from the sections."""
+        return {name: {"model", "datamodule"} for name in COMMANDS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sections ``trainer``, ``model`` and ``data``."""
+        parser.add_class_arguments(FederatedTrainer, "trainer", instantiate=False)
+        parser.add_lightning_class_args(CLIPLoRAClassifier, "model")
+        parser.add_lightning_class_args(FederatedDataModule, "data")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """``--quiet``, and one seed and one number of clients for all."""
+        parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
+        parser.link_arguments("seed_everything", "trainer.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.num_clients", "data.partitioner.init_args.num_partitions")
+        parser.link_arguments("seed_everything", "data.partitioner.init_args.seed")
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints are read by the trainer alone, which checks them."""
+
+    def _set_seed(self) -> None:
+        """Nothing is drawn from global generators: every seed is derived where it is used."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> FederatedTrainer:
+        """The trainer, which is told the whole resolved configuration."""
+        config = self.config[self.subcommand]
+        settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        if config["quiet"]:
+            settings["progress"] = "off"
+        trainer = FederatedTrainer(**settings)
+        self._dump_config()
+        kept = {name: self.config_dump[name] for name in ("seed_everything", "trainer", "model", "data")}
+        trainer.config = kept
+        trainer.config_text = yaml.safe_dump(kept, sort_keys=False)
+        return trainer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 done; 1 an error, one line on stderr (FEDLORA_DEBUG=1 adds the traceback); 2 a wrong
+        command line; 130 after Ctrl-C, 143 after SIGTERM: the run can be resumed.
+    """
+    _calm()
+    signal.signal(signal.SIGTERM, _terminate)
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        FederatedCLI(complete(args))
+    except ArgumentError as error:
+        return _fail(USAGE, nearest(error))
+    except SystemExit as error:  # --help and --print_config end so
+        return error.code if isinstance(error.code, int) else FAILED
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted. Go on with: fedlora fit --ckpt_path last")
+    except Terminated:
+        return _fail(TERMINATED, "terminated. Go on with: fedlora fit --ckpt_path last")
+    except Exception as error:  # noqa: BLE001  (the one place where errors become exit codes)
+        if os.environ.get("FEDLORA_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        if not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text} (FEDLORA_DEBUG=1 shows where)"
+        return _fail(FAILED, text)
+    return DONE
+
+
+def _fail(code: int, text: str) -> int:
+    print(f"fedlora: {text}", file=sys.stderr)
+    return code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _calm() -> None:
+    """Keep libraries' chatter out of the way of our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="lightning")

@@ -1,0 +1,240 @@
+"""One call of the trainer: Fabric around it, the run folder under it, rounds inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from lightning.fabric import Fabric
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from fedlora import artefacts, checkpoint
+from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
+from fedlora.engines.sequential import SequentialEngine
+from fedlora.errors import CheckpointError, FedloraError
+from fedlora.personal import ClientStore
+from fedlora.rounds import Rounds
+from fedlora.run_folder import RunFolder
+from fedlora.sampling import derive_seed
+from fedlora.state import AdapterState, Client, ServerState
+
+if TYPE_CHECKING:
+    from fedlora.trainer import FederatedTrainer
+
+T = TypeVar("T")
+
+
+def launch(trainer: FederatedTrainer, body: Callable[[], T]) -> T:
+    """Build Fabric, attach model and data, and run ``body`` under it."""
+    device = device_type(trainer.accelerator)
+    trainer.averaging.check_device(device)
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    torch.use_deterministic_algorithms(trainer.deterministic)
+    trainer.fabric = Fabric(accelerator=device, devices=1, precision=trainer.averaging.precision)
+
+    def run(fabric: Fabric) -> T:
+        with torch.random.fork_rng(devices=[fabric.device] if device == "cuda" else []):
+            _attach(trainer)
+            return body()
+
+    try:
+        result: T = trainer.fabric.launch(run)
+        return result
+    except BaseException as error:
+        trainer.call("on_exception", error)
+        raise
+    finally:
+        trainer.call("teardown", trainer.state.fn.value)
+        if trainer.run is not None:
+            trainer.run.unlock()
+
+
+def _attach(trainer: FederatedTrainer) -> None:
+    """Let the model and the data know each other through the trainer, and build both."""
+    model, data, stage = trainer.lightning_module, trainer.datamodule, trainer.state.fn.value
+    model.trainer = trainer  # type: ignore[assignment]  # it only reads the data module from it
+    data.trainer = trainer  # type: ignore[assignment]
+    data.prepare_data()
+    data.setup(stage)
+    # The adapter's first values are a function of the seed alone.
+    torch.manual_seed(derive_seed(trainer.seed, "init"))
+    model.configure_model()
+    model.to(trainer.fabric.device)
+    trainer.call("setup", stage)
+
+
+def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
+    """Start a run, or go on with one, until it is over."""
+    run, saved = _open(trainer, ckpt_path)
+    trainer.run = run
+    trainer.rounds = rounds = _make_rounds(trainer, run)
+    trainer.server = ServerState(AdapterState())
+    if saved is not None:
+        rounds.resume(saved)
+        if _is_over(trainer) and artefacts.summary_round(run.summary) == trainer.server.round_idx:
+            trainer.progress.say(f"nothing to do: the run in {run.path} is finished.")
+            return
+    run.write_config(trainer.config_text)
+    trainer.loggers = _make_loggers(trainer, run)
+    trainer.progress.describe(trainer, rounds)
+    trainer.call("on_fit_start")
+    trainer.call("on_train_start")
+    if saved is None:
+        rounds.start()
+    else:
+        rounds.mend()
+    while not _is_over(trainer):
+        rounds.play()
+    trainer.call("on_train_end")
+    _finish(trainer, rounds)
+    trainer.call("on_fit_end")
+
+
+def _open(
+    trainer: FederatedTrainer, ckpt_path: str | None
+) -> tuple[RunFolder, checkpoint.Checkpoint | None]:
+    """The run folder, locked, and what is saved in it."""
+    if ckpt_path is None:
+        run = RunFolder.create(trainer.default_root_dir)
+        run.lock()
+        return run, None
+    run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
+    if which != "last":
+        raise CheckpointError(
+            f"fit goes on from last.ckpt only, got {ckpt_path!r}. Give 'last' or the run folder."
+        )
+    run.lock()
+    trainer.run = run
+    last, previous = run.checkpoint("last"), run.checkpoint("previous")
+    if not last.exists() and not previous.exists():
+        return run, None  # killed before its first checkpoint: start from the beginning
+    try:
+        return run, checkpoint.load(last)
+    except CheckpointError as error:
+        if not previous.exists():
+            raise
+        saved = checkpoint.load(previous)
+        trainer.progress.say(f"{error} Going on from {previous}.")
+        return run, saved
+
+
+def _is_over(trainer: FederatedTrainer) -> bool:
+    return bool(trainer.server.finished) or trainer.server.round_idx >= trainer.max_rounds
+
+
+def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
+    clients = trainer.datamodule.clients()
+    if trainer.clients_per_round is not None and trainer.clients_per_round > len(clients):
+        raise FedloraError(
+            f"trainer.clients_per_round must be between 1 and {len(clients)} (the number of "
+            f"clients), got {trainer.clients_per_round}. Lower it or raise data.num_clients."
+        )
+
+    def on_start(client: Client) -> None:
+        trainer.call("on_client_start", client)
+
+    def on_batch(lane: Lane, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
+        trainer.lane = lane
+        trainer.call("on_train_batch_end", outputs, batch, lane.step)
+
+    def on_skip(client: Client, error: NonFiniteError) -> None:
+        trainer.progress.say(f"left out of the round: {error}")
+
+    loop = LocalLoop(
+        trainer.fabric,
+        trainer.lightning_module,
+        epochs=trainer.local_epochs,
+        steps=trainer.local_steps,
+        clip=trainer.gradient_clip_val,
+        accumulate=trainer.accumulate_grad_batches,
+        limit_batches=trainer.limit_train_batches,
+        on_batch=on_batch,
+    )
+    engine = SequentialEngine(
+        loop,
+        trainer.datamodule,
+        ClientStore(run.clients),
+        on_start,
+        on_skip if trainer.on_nonfinite == "skip" else None,
+    )
+    return Rounds(trainer, run, engine, clients)
+
+
+def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:
+    """Test once, and write what a run leaves behind."""
+    trainer.call("on_test_start")
+    test = rounds.test()
+    trainer.call("on_test_end")
+    personal = artefacts.export_personal(rounds)
+    for logger in trainer.loggers:
+        logger.log_metrics(test, step=trainer.server.round_idx)
+        logger.finalize("success")
+    # Last: a run that has its summary is a finished one.
+    summary = artefacts.write_summary(rounds, test)
+    trainer.progress.conclude(summary, rounds.run, personal)
+
+
+def _make_loggers(trainer: FederatedTrainer, run: RunFolder) -> list[Logger]:
+    if isinstance(trainer.logger, bool):
+        if not trainer.logger:
+            return []
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        return [TensorBoardLogger(run.path, name="tensorboard", version="")]
+    return list(trainer.logger) if isinstance(trainer.logger, Iterable) else [trainer.logger]
+
+
+def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> RunFolder | None:
+    """Load a checkpoint's adapter into the model; None leaves it untrained."""
+    if ckpt_path is None:
+        return None
+    run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
+    saved = checkpoint.load(run.checkpoint(which))
+    if trainer.lightning_module.lora is None:
+        raise FedloraError("the model is not built yet.")
+    trainer.lightning_module.lora.load(saved.server.adapter)
+    return run
+
+
+def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
+    """Metrics of the split that the trainer's stage names."""
+    from fedlora.engines.evaluate import evaluate
+
+    load_for_evaluation(trainer, ckpt_path)
+    model, data = trainer.lightning_module, trainer.datamodule
+    testing = trainer.state.fn == TrainerFn.TESTING
+    prefix = "test" if testing else "val"
+    trainer.call(f"on_{'test' if testing else 'validation'}_start")
+    values = evaluate(
+        trainer.fabric,
+        model,
+        data.test_dataloader() if testing else data.val_dataloader(),
+        model.test_step if testing else model.validation_step,
+    )
+    named = {f"{prefix}/{name}": value for name, value in values.items()}
+    trainer.callback_metrics = {name: torch.tensor(value) for name, value in named.items()}
+    trainer.call(f"on_{'test' if testing else 'validation'}_end")
+    trainer.progress.table(named)
+    return named
+
+
+def device_type(accelerator: str) -> str:
+    """``cuda``, ``mps`` or ``cpu``; refuses an accelerator that is not there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if accelerator == "auto":
+        return next(name for name, available in there.items() if available)
+    if accelerator == "gpu":
+        accelerator = "mps" if there["mps"] and not there["cuda"] else "cuda"
+    if not there[accelerator]:
+        raise FedloraError(
+            f"trainer.accelerator={accelerator}: there is no such device here. Use auto or cpu."
+        )
+    return accelerator
