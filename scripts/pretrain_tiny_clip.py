@@ -11,8 +11,9 @@ used to train it, to stop it or to choose between checkpoints: the last (average
 saved. Two things came from outside the fonts. The form of the 8x8 pictures (a size-normalised
 32x32 bitmap counted over 4x4 blocks) follows the published description of the UCI data set
 behind `load_digits`. And whoever designed the distortions looked at the zero-shot figure this
-script prints at the end, between trials; that figure is therefore a measurement of this model,
-not an estimate for a data set that nobody looked at.
+script prints at the end, between two trials (83.5 % after 1,500 steps, then 90.2 % as shipped);
+that figure is therefore a measurement of this model, not an estimate for a data set that nobody
+looked at.
 """
 
 from __future__ import annotations

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from fedlora.errors import FedloraError
 from fedlora.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def shipped_configs() -> Path:
@@ -30,7 +35,10 @@ def find_config(name: str) -> str:
             raise FedloraError(f"--config {name}: there is no such file. Check the path.")
         return str(path)
     folder = shipped_configs()
-    for candidate in (folder / path, folder / path.relative_to("configs") if path.parts[0] == "configs" else None):
+    for candidate in (
+        folder / path,
+        folder / path.relative_to("configs") if path.parts[0] == "configs" else None,
+    ):
         if candidate is not None and candidate.is_file():
             return str(candidate)
     known = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.yaml"))
@@ -66,6 +74,76 @@ def complete(args: Sequence[str]) -> list[str]:
     return done
 
 
-def nearest(error: Exception) -> str:
-    """One line from a parser's error, with the nearest name that exists."""
-    return " ".join(str(error).split())
+def explain(error: Exception, known: Iterable[str]) -> str:
+    """One line from a parser's error, with the nearest name that exists.
+
+    jsonargparse reports each member of a union that a value failed against; what a user can mend is
+    the innermost one that is not "or nothing at all".
+
+    Args:
+        error: what the parser raised.
+        known: the names of all settings, classes and commands that exist.
+    """
+    text = " ".join(str(error).split())
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    text = re.split(r" - Expected a <class 'NoneType'>| Given value type: ", text)[0]
+    text = re.sub(r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text)
+    text = text.removeprefix("- ")
+    text = re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (.*)", r"should be one of \1 but got \2", text)
+    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"should be of type \1 but got \2", text)
+    text = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class \1", text)
+    unknown = re.search(
+        r"(?:arguments: --|option '|Option '|invalid choice: '|no class |attribute ')([\w.]+)", text
+    )
+    where = ".".join(dict.fromkeys(keys))
+    line = f"{where}: {text}" if where else text
+    close = _close(unknown[1], known) if unknown else []
+    return line.rstrip(".") + (f". Did you mean {' or '.join(close)}?" if close else ".")
+
+
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    """The nearest of the known names, compared in full and by their last part."""
+    names = sorted(set(known))
+    full = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if full:
+        return full
+    last = {option.rsplit(".", 1)[-1]: option for option in reversed(names)}
+    return [last[n] for n in difflib.get_close_matches(name.rsplit(".", 1)[-1], last, 1, 0.6)]
+
+
+def known_names(parser: ArgumentParser) -> set[str]:
+    """Names of the settings of a parser, of the classes it can take and of their own settings."""
+    names: set[str] = set()
+    for action in parser._actions:
+        names.update(option.removeprefix("--") for option in action.option_strings)
+        for base in _classes(getattr(action, "_typehint", None)):
+            names.update(_class_names(base))
+    return names
+
+
+def _class_names(base: type) -> Iterator[str]:
+    """A class, those derived from it, and the arguments of their constructors with their classes."""
+    for cls in _derived(base):
+        yield cls.__name__
+        yield from inspect.signature(cls).parameters
+        try:
+            hints = get_type_hints(cls.__init__)
+        except NameError:  # a class whose annotations exist for type checkers only
+            continue
+        for hint in hints.values():
+            yield from (derived.__name__ for inner in _classes(hint) for derived in _derived(inner))
+
+
+def _derived(base: type) -> Iterator[type]:
+    yield base
+    for cls in base.__subclasses__():
+        yield from _derived(cls)
+
+
+def _classes(hint: Any) -> list[type]:
+    """The classes in a type hint that a config names by class_path."""
+    members = get_args(hint) or (hint,)
+    return [m for m in members if isinstance(m, type) and m.__module__.partition(".")[0] not in _PLAIN]
+
+
+_PLAIN = ("builtins", "typing", "types", "collections")

@@ -41,7 +41,12 @@ def export_personal(rounds: Rounds) -> int:
     for client in rounds.clients:
         if client.id in server.versions:
             engine.load(client, rnd, server, rounds.rule)
-            export(rounds, rounds.run.path / "adapters" / str(client.id), engine.lora.state(), client.id)
+            export(
+                rounds,
+                rounds.run.path / "adapters" / str(client.id),
+                engine.lora.state(),
+                client.id,
+            )
     engine.lora.load(server.adapter)
     return len(server.versions)
 
@@ -61,7 +66,11 @@ def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
         "round": trainer.server.round_idx,
         "finished": trainer.server.finished or "max_rounds",
         **test,
-        "zero_shot": {name: first[name] for name in ("val/acc", "val/loss", "test/acc", "test/loss") if name in first},
+        "zero_shot": {
+            name: first[name]
+            for name in ("val/acc", "val/loss", "test/acc", "test/loss")
+            if name in first
+        },
         "final": dict(last),
         "best": None if best is None else dict(best),
         "comm/up_bytes": total("comm/up_bytes"),
@@ -107,7 +116,9 @@ def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
     module.eval()
 
     def rows() -> Iterator[tuple[int, str, float]]:
-        for number, batch in enumerate(batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())):
+        for number, batch in enumerate(
+            batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())
+        ):
             with trainer.fabric.autocast():
                 out = module.predict_step(batch, number)
             best = out["probs"].max(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -94,13 +95,16 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def keep_as(path: Path, copy: Path) -> None:
     """Give a file a second name, so that there is no moment without a whole checkpoint."""
     temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
     with clear_os_errors(copy):
+        temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        temporary.replace(copy)
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+            temporary.replace(copy)
+        finally:  # renaming onto another name of the same file does nothing
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Checkpoint:
@@ -114,6 +118,7 @@ def load(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}.")
     try:
+        _check_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["format"]
         if found != FORMAT:
@@ -138,7 +143,17 @@ def load(path: Path) -> Checkpoint:
     except CheckpointError:
         raise
     except Exception as error:  # noqa: BLE001  (torch.load fails with many types on damaged bytes)
-        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__}).") from error
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__})."
+        ) from error
+
+
+def _check_whole(path: Path) -> None:
+    # torch.load never looks at the checksums that torch.save writes.
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"{path} is damaged (the checksum of {damaged} in it is wrong).")
 
 
 def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:

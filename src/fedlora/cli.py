@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,9 +14,9 @@ import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedlora.arguments import complete, nearest
+from fedlora.arguments import complete, explain, known_names
 from fedlora.data.datamodule import FederatedDataModule
-from fedlora.errors import FedloraError, Terminated
+from fedlora.errors import Terminated
 from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.trainer import FederatedTrainer
 
@@ -26,17 +25,21 @@ COMMANDS = ("fit", "validate", "test", "predict")
 DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
+class UsageError(Exception):
+    """A wrong command line."""
+
+
 class FederatedCLI(LightningCLI):
     """LightningCLI for a trainer that is no ``Trainer``, without an optimizer shared by clients."""
 
-    trainer: FederatedTrainer
+    trainer: FederatedTrainer  # type: ignore[assignment]  # LightningCLI calls no more than its methods
 
     def __init__(self, args: Sequence[str]) -> None:
         options: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
         super().__init__(
             CLIPLoRAClassifier,
             FederatedDataModule,
-            trainer_class=FederatedTrainer,
+            trainer_class=FederatedTrainer,  # type: ignore[arg-type]
             save_config_callback=None,  # the trainer writes it, into the run folder
             seed_everything_default=0,
             parser_kwargs={**options, **{name: dict(options) for name in COMMANDS}},
@@ -64,13 +67,22 @@ class FederatedCLI(LightningCLI):
         parser.link_arguments("data.num_clients", "data.partitioner.init_args.num_partitions")
         parser.link_arguments("seed_everything", "data.partitioner.init_args.seed")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a mistake becomes one line with the nearest name that exists."""
+        try:
+            self.config = parser.parse_args(args)
+        except ArgumentError as error:
+            command = next((arg for arg in args if arg in COMMANDS), None)
+            known = known_names(self._subcommand_parsers[command]) if command else set(COMMANDS)
+            raise UsageError(explain(error, known)) from error
+
     def _parse_ckpt_path(self) -> None:
         """Checkpoints are read by the trainer alone, which checks them."""
 
     def _set_seed(self) -> None:
         """Nothing is drawn from global generators: every seed is derived where it is used."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> FederatedTrainer:
+    def instantiate_trainer(self, **kwargs: Any) -> FederatedTrainer:  # type: ignore[override]
         """The trainer, which is told the whole resolved configuration."""
         config = self.config[self.subcommand]
         settings = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -78,7 +90,9 @@ class FederatedCLI(LightningCLI):
             settings["progress"] = "off"
         trainer = FederatedTrainer(**settings)
         self._dump_config()
-        kept = {name: self.config_dump[name] for name in ("seed_everything", "trainer", "model", "data")}
+        kept = {
+            name: self.config_dump[name] for name in ("seed_everything", "trainer", "model", "data")
+        }
         trainer.config = kept
         trainer.config_text = yaml.safe_dump(kept, sort_keys=False)
         return trainer
@@ -96,8 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         FederatedCLI(complete(args))
-    except ArgumentError as error:
-        return _fail(USAGE, nearest(error))
+    except UsageError as error:
+        return _fail(USAGE, str(error))
     except SystemExit as error:  # --help and --print_config end so
         return error.code if isinstance(error.code, int) else FAILED
     except KeyboardInterrupt:
@@ -127,6 +141,6 @@ def _calm() -> None:
     """Keep libraries' chatter out of the way of our own lines."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", module="lightning")

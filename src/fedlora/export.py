@@ -140,7 +140,8 @@ def _write_model(folder: Path, lora: CLIPLoRAWrapper) -> None:
     if lora.classifier.has_text_tower:
         clip.save_pretrained(str(folder))
         return
-    vision = CLIPVisionModelWithProjection(clip.config.vision_config)
+    vision_config: Any = clip.config.vision_config
+    vision = CLIPVisionModelWithProjection(vision_config)
     wanted = vision.state_dict().keys()
     vision.load_state_dict({n: t.cpu() for n, t in clip.state_dict().items() if n in wanted})
     vision.save_pretrained(str(folder))

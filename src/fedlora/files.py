@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fedlora.errors import FedloraError
+
+# How torch.save and safetensors report a disk that is full or a folder that is gone.
+_WRITE_FAILED = re.compile(
+    "PytorchStreamWriter|inline_container|Parent directory|Error while serializing"
+)
 
 
 @contextmanager
@@ -25,8 +33,8 @@ def clear_os_errors(path: Path) -> Iterator[None]:
             f"cannot write {path}: {reason}. Free space or choose another folder with "
             "--trainer.default_root_dir; what was written before is whole."
         ) from error
-    except RuntimeError as error:  # torch.save reports a full disk so
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+    except (RuntimeError, SafetensorError) as error:
+        if not _WRITE_FAILED.search(str(error)):
             raise
         raise FedloraError(f"cannot write {path}: is the disk full?") from error
 
@@ -86,13 +94,25 @@ def swapped_folder(folder: Path) -> Iterator[Path]:
     fresh, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
     with clear_os_errors(folder):
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
-        yield fresh
-        for path in fresh.rglob("*"):
-            if path.is_file():
-                flush(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
+        try:
+            fresh.mkdir(parents=True)
+            yield fresh
+            for path in fresh.rglob("*"):
+                if path.is_file():
+                    flush(path)
+            _swap(fresh, folder, old)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, folder: Path, old: Path) -> None:
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    try:
         fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -46,7 +46,7 @@ class Hooks:
             self._overridden[hook] = [
                 callback
                 for callback in self.callbacks
-                if getattr(type(callback), hook, None) not in plain
+                if _function(callback, hook) not in plain
             ]
         return self._overridden[hook]
 
@@ -59,3 +59,9 @@ class Hooks:
         for callback in self.callbacks:
             if callback.state_key in states:
                 callback.load_state_dict(states[callback.state_key])
+
+
+def _function(callback: Callback, hook: str) -> Any:
+    # Lightning's LambdaCallback puts its hooks on the instance, where they are no methods.
+    method = getattr(callback, hook, None)
+    return getattr(method, "__func__", method)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedlora.errors import CheckpointError
-from fedlora.files import write_atomically
+from fedlora.files import clear_os_errors, write_atomically
 from fedlora.state import AdapterState
 
 
@@ -34,7 +34,8 @@ class ClientStore:
         from safetensors.torch import save_file
 
         path = self.path(client_id, version)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with clear_os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.contiguous() for name, tensor in state.tensors()}
         write_atomically(path, lambda file: save_file(tensors, file))
         self._written[client_id] = version
@@ -51,17 +52,16 @@ class ClientStore:
         if client_id not in versions:
             return AdapterState()
         path = self.path(client_id, versions[client_id])
+        parts: dict[str, dict[str, object]] = {"A": {}, "B": {}, "other": {}}
         try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
+            for name, tensor in load_file(path).items():
+                part, key = name.split("/", 1)
+                parts[part][key] = tensor
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 f"the state of client {client_id} cannot be read from {path} ({error}). Restore that "
                 "file, or start a new run."
             ) from error
-        parts: dict[str, dict[str, object]] = {"A": {}, "B": {}, "other": {}}
-        for name, tensor in tensors.items():
-            part, key = name.split("/", 1)
-            parts[part][key] = tensor
         return AdapterState(**parts)  # type: ignore[arg-type]
 
     def take_versions(self, versions: Mapping[int, int]) -> dict[int, int]:
@@ -82,7 +82,9 @@ class ClientStore:
         if not self.folder.is_dir():
             return
         named = {self.path(*version) for versions in keep for version in versions.items()}
-        folders = self.folder.iterdir() if clients is None else (self.folder / str(c) for c in clients)
+        folders = (
+            self.folder.iterdir() if clients is None else (self.folder / str(c) for c in clients)
+        )
         for path in [file for folder in folders for file in folder.glob("*")]:
             if path not in named:
                 path.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from fedlora import artefacts, checkpoint
 from fedlora.aggregation.meter import AggregationMeter
 from fedlora.callbacks.base import Row
 from fedlora.engines.evaluate import evaluate, evaluate_clients
-from fedlora.errors import FedloraError
+from fedlora.errors import CheckpointError, FedloraError
 from fedlora.run_folder import CHECKPOINTS, RunFolder
 from fedlora.sampling import choose
 from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
@@ -94,7 +94,10 @@ class Rounds:
         server = self.rule.start(lora.state(), lora.base_weights(), self.round(0))
         lora.load(server)
         state = ServerState(server)
-        row: dict[str, float | None] = {"round": 0, **self._evaluate(state, choose(self.clients, self.round(0)))}
+        row: dict[str, float | None] = {
+            "round": 0,
+            **self._evaluate(state, choose(self.clients, self.round(0))),
+        }
         row.update(self.test())
         self._commit(replace(state, history=(row,)), row)
 
@@ -107,7 +110,7 @@ class Rounds:
         changed = checkpoint.differences(saved.config, self.trainer.config)
         changed += checkpoint.differences(saved.identity, self.identity)
         if changed:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"the run in {self.run.path} cannot go on with other settings: "
                 f"{'; '.join(changed)}. Set them back, or start a new run."
             )
@@ -161,16 +164,22 @@ class Rounds:
             self.trainer.call("on_client_end", update)
             yield update
 
-    def _evaluate(self, state: ServerState, participants: Sequence[Client]) -> dict[str, float | None]:
+    def _evaluate(
+        self, state: ServerState, participants: Sequence[Client]
+    ) -> dict[str, float | None]:
         """Metrics of the server's validation split and of clients' own."""
         loop, data = self.engine.loop, self.engine.data
-        values = evaluate(loop.fabric, loop.module, data.val_dataloader(), loop.module.validation_step)
+        values = evaluate(
+            loop.fabric, loop.module, data.val_dataloader(), loop.module.validation_step
+        )
         row: dict[str, float | None] = {f"val/{name}": value for name, value in values.items()}
         which = self.trainer.val_clients
         chosen = participants if which == "participants" else self.clients
         if isinstance(which, int):
             chosen = choose(self.clients, replace(self.round(0), cohort=which))
-        return row | evaluate_clients(self.engine, chosen, self.round(state.round_idx), state, self.rule)
+        return row | evaluate_clients(
+            self.engine, chosen, self.round(state.round_idx), state, self.rule
+        )
 
     def test(self) -> dict[str, float]:
         """Metrics of the test split of the model as it is loaded."""
@@ -227,8 +236,10 @@ class Rounds:
             self.engine.store.prune(self._on_disk.values(), changed)
 
     def _versions(self, name: str) -> Mapping[int, int]:
-        path = self.run.checkpoint(name)
-        return checkpoint.load(path).server.versions if path.exists() else {}
+        try:
+            return checkpoint.load(self.run.checkpoint(name)).server.versions
+        except CheckpointError:  # missing or damaged: it needs none
+            return {}
 
 
 def _class_path(value: object) -> str:

@@ -87,7 +87,7 @@ class RunFolder:
         if ckpt_path in ("last", "best"):
             return cls.newest(root), ckpt_path
         path = Path(ckpt_path).expanduser()
-        if path.is_dir():
+        if (path / "checkpoints").is_dir():
             return cls(path), "last"
         if path.is_file() and path.suffix == ".ckpt" and path.parent.name == "checkpoints":
             return cls(path.parent.parent), path.stem

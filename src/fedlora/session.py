@@ -118,6 +118,8 @@ def _open(
         if not previous.exists():
             raise
         saved = checkpoint.load(previous)
+        # Else the next save would keep the damaged file as the previous one.
+        checkpoint.keep_as(previous, last)
         trainer.progress.say(f"{error} Going on from {previous}.")
         return run, saved
 

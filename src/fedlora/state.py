@@ -218,5 +218,5 @@ class ServerState:
     adapter: AdapterState
     round_idx: int = 0
     versions: Mapping[int, int] = field(default_factory=dict)
-    history: tuple[Mapping[str, float], ...] = ()
+    history: tuple[Mapping[str, float | None], ...] = ()
     finished: str = ""

@@ -28,7 +28,6 @@ from fedlora.run_folder import RunFolder
 from fedlora.state import Client, ServerState
 
 
-
 class FederatedTrainer:
     """Plays clients in turn and averages their adapters.
 
@@ -162,7 +161,10 @@ class FederatedTrainer:
         self.hooks(hook, self, self.lightning_module, *args)
 
     def fit(
-        self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
+        self,
+        model: CLIPLoRAClassifier,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = None,
     ) -> None:
         """Train, or go on with a run.
 
@@ -178,21 +180,30 @@ class FederatedTrainer:
         session.launch(self, lambda: session.fit(self, ckpt_path))
 
     def validate(
-        self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
+        self,
+        model: CLIPLoRAClassifier,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = None,
     ) -> dict[str, float]:
         """Evaluate on the server's validation split; without ``ckpt_path`` the untrained model."""
         self._begin(TrainerFn.VALIDATING, model, datamodule)
         return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def test(
-        self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
+        self,
+        model: CLIPLoRAClassifier,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = None,
     ) -> dict[str, float]:
         """Evaluate on the test split; without ``ckpt_path`` the untrained model."""
         self._begin(TrainerFn.TESTING, model, datamodule)
         return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def predict(
-        self, model: CLIPLoRAClassifier, datamodule: FederatedDataModule, ckpt_path: str | None = None
+        self,
+        model: CLIPLoRAClassifier,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None = None,
     ) -> Path:
         """Write the predictions of the test pictures as CSV, beside the checkpoint; returns where."""
         self._begin(TrainerFn.PREDICTING, model, datamodule)
@@ -217,5 +228,3 @@ def _check_range(**values: tuple[int | None, int]) -> None:
     for name, (value, least) in values.items():
         if value is not None and value < least:
             raise FedloraError(f"trainer.{name} must be at least {least}, got {value}.")
-
-

@@ -41,9 +41,7 @@ class Aggregator(ABC):
             A whole adapter state.
         """
 
-    def start(
-        self, server: AdapterState, base: Mapping[str, Tensor], rnd: Round
-    ) -> AdapterState:
+    def start(self, server: AdapterState, base: Mapping[str, Tensor], rnd: Round) -> AdapterState:
         """Called once before the first round; may look at the frozen weights ``base``."""
         return server
 
@@ -87,12 +85,14 @@ class WeightedMean(Aggregator):
         Raises:
             ValueError: when two clients send tensors of other names or shapes.
         """
-        total, sums, dtypes = 0.0, {}, {}
+        total = 0.0
+        sums: dict[str, Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for update in updates:
             if update.weight == 0:
                 continue
             tensors = dict(update.payload.tensors())
-            if total and {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in sums.items()}:
+            if sums and _shapes(tensors) != _shapes(sums):
                 raise ValueError(
                     f"{type(self).__name__} takes the mean of tensors of one shape, but {update.client} "
                     "sent other names or shapes than the client before. Give all clients one rank."
@@ -106,7 +106,11 @@ class WeightedMean(Aggregator):
         for name, value in sums.items():
             part, path = name.split("/", 1)
             means[part][path] = (value / total).to(dtypes[name])
-        return AdapterState(**means).over(server)
+        return AdapterState(means["A"], means["B"], means["other"]).over(server)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 class ProductMean:

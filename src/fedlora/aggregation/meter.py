@@ -33,7 +33,9 @@ class AggregationMeter:
         for update in updates:
             if update.weight:
                 adapter = update.adapter
-                for name in adapter.A.keys() & adapter.B.keys():
+                for name in adapter.A:  # in its order: that of a set differs per process
+                    if name not in adapter.B:
+                        continue
                     term = self._sketch(adapter, name).mul_(update.weight)
                     old = self._ideal.get(name)
                     self._ideal[name] = term if old is None else old.add_(term)
@@ -73,5 +75,7 @@ class AggregationMeter:
     def _z(self, name: str, columns: int) -> Tensor:
         if name not in self._basis:
             generator = torch.Generator().manual_seed(derive_seed("sketch", name))
-            self._basis[name] = torch.randn(columns, COLUMNS, generator=generator, dtype=torch.float64)
+            self._basis[name] = torch.randn(
+                columns, COLUMNS, generator=generator, dtype=torch.float64
+            )
         return self._basis[name]

@@ -26,7 +26,11 @@ class FederatedCallback(Callback):
     """
 
     def on_round_start(
-        self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, rnd: Round, clients: Sequence[Client]
+        self,
+        trainer: FederatedTrainer,
+        pl_module: CLIPLoRAClassifier,
+        rnd: Round,
+        clients: Sequence[Client],
     ) -> None:
         """Called when the clients of a round have been chosen."""
 

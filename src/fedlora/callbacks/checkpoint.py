@@ -30,7 +30,9 @@ class RoundCheckpoint(FederatedCallback):
         if mode not in ("max", "min"):
             raise FedloraError(f"mode should be one of max, min but got {mode!r}.")
         if monitor.startswith("test/"):
-            raise FedloraError(f"monitor must not be of the test set, got {monitor!r}. Use val/acc.")
+            raise FedloraError(
+                f"monitor must not be of the test set, got {monitor!r}. Use val/acc."
+            )
         self.monitor = monitor
         self.mode = mode
         self.best_value: float | None = None

@@ -40,7 +40,6 @@ class Progress(FederatedCallback):
         self._played = 0
         self._began = 0.0
         self._shown = 0.0
-        self._total_steps = 0
 
     @property
     def console(self) -> Console:
@@ -146,7 +145,9 @@ class Progress(FederatedCallback):
             )
             done = trainer.server.round_idx
             self._tasks = {
-                "round": self._bar.add_task("rounds", total=trainer.max_rounds, completed=done, note=""),
+                "round": self._bar.add_task(
+                    "rounds", total=trainer.max_rounds, completed=done, note=""
+                ),
                 "client": self._bar.add_task("clients", total=1, note=""),
                 "step": self._bar.add_task("steps", total=1, note=""),
             }
@@ -156,6 +157,7 @@ class Progress(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: Any, rnd: Round, clients: Sequence[Client]
     ) -> None:
         """Count the round's clients from 0."""
+        self._played += 1
         if self._bar:
             self._bar.reset(self._tasks["client"], total=len(clients), note="")
 
@@ -200,10 +202,11 @@ class Progress(FederatedCallback):
                 parts.append(f"{label} {row[name]:.4f}")
         if done == 0:
             parts.append("(untrained: zero-shot)")
-        elif "time/round_s" in row:
-            self._played += 1
+        elif self._played:
             each = (time.perf_counter() - self._began) / self._played
-            parts.append(f"{row['time/round_s']:.1f} s, {each * (trainer.max_rounds - done):.0f} s left")
+            parts.append(
+                f"{row['time/round_s']:.1f} s, {each * (trainer.max_rounds - done):.0f} s left"
+            )
         self.say("  ".join(parts))
         if self._bar:
             self._bar.update(self._tasks["round"], completed=done)

@@ -29,7 +29,18 @@ METRICS = (
     "agg/error",
     "time/round_s",
 )
-CLIENTS = ("round", "id", "name", "samples", "steps", "loss", "acc", "up_bytes", "down_bytes", "seconds")
+CLIENTS = (
+    "round",
+    "id",
+    "name",
+    "samples",
+    "steps",
+    "loss",
+    "acc",
+    "up_bytes",
+    "down_bytes",
+    "seconds",
+)
 
 
 class Records(FederatedCallback):
@@ -42,7 +53,9 @@ class Records(FederatedCallback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the tables, or mend those of the run that is resumed."""
         path, done = trainer.rounds.run.clients_csv, trainer.server.round_idx
-        kept = [row for row in read_rows(path) if row["round"].isdigit() and int(row["round"]) <= done]
+        kept = [
+            row for row in read_rows(path) if row["round"].isdigit() and int(row["round"]) <= done
+        ]
         write_text(path, _table(CLIENTS, kept))
         write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
 
@@ -61,9 +74,10 @@ class Records(FederatedCallback):
             "down_bytes": update.down_nbytes,
             **{name: update.metrics[name] for name in ("loss", "acc", "seconds")},
         }
-        with clear_os_errors(trainer.rounds.run.clients_csv), trainer.rounds.run.clients_csv.open(
-            "a", encoding="utf-8", newline=""
-        ) as file:
+        with (
+            clear_os_errors(trainer.rounds.run.clients_csv),
+            trainer.rounds.run.clients_csv.open("a", encoding="utf-8", newline="") as file,
+        ):
             csv.DictWriter(file, CLIENTS, lineterminator="\n").writerow(row)
 
     def on_round_end(
@@ -71,7 +85,9 @@ class Records(FederatedCallback):
     ) -> None:
         """Write the history and tell the loggers."""
         write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
-        values = {name: value for name, value in row.items() if value is not None and name != "round"}
+        values = {
+            name: value for name, value in row.items() if value is not None and name != "round"
+        }
         for logger in trainer.loggers:
             logger.log_metrics(values, step=int(row["round"] or 0))
             logger.save()

@@ -52,7 +52,11 @@ def evaluate(
 
 
 def evaluate_clients(
-    engine: SequentialEngine, clients: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
+    engine: SequentialEngine,
+    clients: Sequence[Client],
+    rnd: Round,
+    server: ServerState,
+    rule: Aggregator,
 ) -> dict[str, float | None]:
     """Accuracy on each client's own validation rows, of the model that it would use.
 

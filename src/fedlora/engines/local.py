@@ -84,7 +84,9 @@ class LocalLoop:
             per_epoch = min(per_epoch, self.limit_batches)
         return per_epoch * self.epochs if self.steps is None else self.steps * self.accumulate
 
-    def run(self, client: Client, rnd: Round, per_epoch: int, batches: Callable[[int], Iterable[Batch]]) -> Lane:
+    def run(
+        self, client: Client, rnd: Round, per_epoch: int, batches: Callable[[int], Iterable[Batch]]
+    ) -> Lane:
         """Train one client on what the module holds now.
 
         Args:
@@ -107,7 +109,9 @@ class LocalLoop:
         total = self.num_batches(per_epoch)
         self.module.train()
         try:
-            for window in _windows(itertools.islice(self._stream(batches), total), self.accumulate, total):
+            for window in _windows(
+                itertools.islice(self._stream(batches), total), self.accumulate, total
+            ):
                 for position, (batch, count) in enumerate(window):
                     lora.set_dropout_key(key, lane.step * self.accumulate + position)
                     self._backward(lane, batch, count)
@@ -122,7 +126,9 @@ class LocalLoop:
             yield from itertools.islice(batches(epoch), self.limit_batches)
 
     def _backward(self, lane: Lane, batch: Batch, count: int) -> None:
-        batch = {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+        batch = {
+            name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()
+        }
         # Fabric does not autocast around a LightningModule's training_step on one device.
         with self.fabric.autocast():
             out = self.module.training_step(batch, lane.step)
@@ -144,14 +150,16 @@ class LocalLoop:
 
     def _reset_scaler(self) -> None:
         """A loss scale belongs to one client: the strategy's only scaler starts anew for each."""
-        scaler: Any = getattr(self.fabric.strategy.precision, "scaler", None)
-        if scaler is not None:
-            fresh = torch.amp.GradScaler(device=self.fabric.device.type)
-            self.fabric.strategy.precision.scaler = fresh  # type: ignore[union-attr]
+        precision: Any = self.fabric.strategy.precision
+        if getattr(precision, "scaler", None) is not None:
+            precision.scaler = torch.amp.GradScaler(device=self.fabric.device.type)
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
-        checks = [lane.loss.isfinite(), *(p.detach().isfinite().all() for p in lane.parameters.values())]
+        checks = [
+            lane.loss.isfinite(),
+            *(p.detach().isfinite().all() for p in lane.parameters.values()),
+        ]
         if not bool(torch.stack(checks).all()):
             what = "loss" if not bool(checks[0]) else "adapter"
             raise NonFiniteError(

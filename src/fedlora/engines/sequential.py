@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fedlora.engines.local import LocalLoop, NonFiniteError
+from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.errors import FedloraError
 from fedlora.state import AdapterState, Client, ClientUpdate, Part, Round, ServerState
 
@@ -50,7 +50,9 @@ class SequentialEngine:
             raise FedloraError("the model is not built yet.")
         return self.loop.module.lora
 
-    def load(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> tuple[AdapterState, int]:
+    def load(
+        self, client: Client, rnd: Round, server: ServerState, rule: Aggregator
+    ) -> tuple[AdapterState, int]:
         """Load what a client starts from; returns its public part and the bytes that travelled."""
         down = rule.distribute(server.adapter, client, rnd)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
@@ -61,7 +63,7 @@ class SequentialEngine:
 
     def play(
         self, chosen: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
-    ) -> Iterator[ClientUpdate]:
+    ) -> Generator[ClientUpdate, None, None]:
         """Train each chosen client and yield what it sends, in their order."""
         trainable, shared = rule.trainable(rnd), rule.shared(rnd)
         for client in chosen:
@@ -88,7 +90,7 @@ class SequentialEngine:
                 down_nbytes=down_nbytes,
             )
 
-    def _train(self, client: Client, rnd: Round):  # type: ignore[no-untyped-def]
+    def _train(self, client: Client, rnd: Round) -> Lane:
         return self.loop.run(
             client,
             rnd,

@@ -187,7 +187,9 @@ class StepLogger(Callback):
         """Log the training loss."""
         pl_module.log("train/loss", outputs["loss"], batch_size=len(batch["label"]))
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *step: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, *step: Any
+    ) -> None:
         """Log the validation figures."""
         self._log("val", pl_module, step[0])
 

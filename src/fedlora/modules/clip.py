@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,9 @@ class FederatedCLIPModel(nn.Module):
                 "num_classes or set it to that number."
             )
         if head == "text" and class_names is None:
-            raise FedloraError("the text head needs class_names, got none. Give them or head=linear.")
+            raise FedloraError(
+                "the text head needs class_names, got none. Give them or head=linear."
+            )
         self.model_name = model_name
         self.num_classes = count
         self.head = head
@@ -84,7 +86,7 @@ class FederatedCLIPModel(nn.Module):
             if head == "text" and keep_text_tower:
                 self._prompts = tokens
         if head == "linear":
-            self.classifier = nn.Linear(self.clip.config.projection_dim, count)
+            self.classifier = nn.Linear(int(self.clip.visual_projection.out_features), count)
             nn.init.zeros_(self.classifier.bias)
             with torch.no_grad():
                 if self.text_features is None:
@@ -104,7 +106,8 @@ class FederatedCLIPModel(nn.Module):
         """Every class in every template, padded to the longest: (classes * templates, length)."""
         tokenizer = load_tokenizer(self.model_name)
         prompts = [t.format(name) for name in self.class_names or () for t in self.templates]
-        limit = self.clip.config.text_config.max_position_embeddings
+        text_config: Any = self.clip.config.text_config
+        limit = text_config.max_position_embeddings
         encoded = tokenizer(
             prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt"
         )
@@ -137,7 +140,8 @@ class FederatedCLIPModel(nn.Module):
             images = self.preprocess.normalise(images)
         features = self.encode_image(images)
         if self.classifier is not None:
-            return self.classifier(features).float()
+            logits: Tensor = self.classifier(features)
+            return logits.float()
         # A text tower that is trained has moved: its prompts are encoded anew; a frozen one has not.
         text = self.text_features if self.text_frozen else self.encode_text(self._prompts)
         if text is None:  # the constructor makes them wherever the head is "text"

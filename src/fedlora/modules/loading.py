@@ -18,13 +18,35 @@ if TYPE_CHECKING:
 
 EMBEDDED = "tiny-clip"
 SUPPORTED = ("clip",)
+HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 
 
 def resolve(model_name: str) -> str:
     """The folder of the embedded model for ``tiny-clip``, the name itself otherwise."""
     if model_name == EMBEDDED:
         return str(resources.files("fedlora") / "assets" / "tiny_clip")
-    return model_name
+    return str(Path(model_name).expanduser()) if model_name.startswith("~") else model_name
+
+
+def _local_only(source: str) -> bool:
+    """Whether only the disk can give ``source``: it is a folder, or the hub does not answer.
+
+    Asked before each load: the hub's own client would repeat every request for half a minute.
+    """
+    if Path(source).is_dir() or _is_path(source):
+        return True
+    import httpx  # what huggingface_hub speaks through
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except (httpx.TransportError, ConnectionError):  # the second: HF_HUB_OFFLINE is set
+        return True
+    return False
+
+
+def _is_path(source: str) -> bool:
+    return Path(source).is_absolute() or source.startswith((".", "~"))
 
 
 def _unavailable(model_name: str, cause: Exception) -> FedloraError:
@@ -35,7 +57,7 @@ def _unavailable(model_name: str, cause: Exception) -> FedloraError:
             f"model_name {model_name!r} is a folder that cannot be loaded ({reason}). It must hold "
             "what CLIPModel.save_pretrained and the tokenizer and image processor write."
         )
-    if where.is_absolute() or model_name.startswith((".", "~")):
+    if _is_path(model_name):
         return FedloraError(f"model_name {model_name!r}: there is no such folder. Check the path.")
     return FedloraError(
         f"model_name {model_name!r} could not be had: it is no local folder, not in the hub's local "
@@ -50,7 +72,9 @@ def _read_json(model_name: str, *names: str) -> Mapping[str, Any]:
     cause: Exception = FileNotFoundError(f"no {names[0]} in it")
     for name in names:
         try:
-            path = cached_file(resolve(model_name), name, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(
+                resolve(model_name), name, _raise_exceptions_for_missing_entries=False
+            )
             if path is not None:
                 return dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
@@ -88,7 +112,8 @@ def load_clip(model_name: str) -> CLIPModel:
         model = CLIPModel.from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise _unavailable(model_name, error) from error
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model  # type: ignore[no-any-return]
 
 
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
@@ -100,7 +125,7 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(resolve(model_name))  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(resolve(model_name))
     except (OSError, ValueError) as error:
         raise _unavailable(model_name, error) from error
 

@@ -144,7 +144,9 @@ class LoRAWrapper:
         faults = list(self._faults(state))
         if faults:
             more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
-            raise FedloraError(f"the adapter does not fit this model: {'; '.join(faults[:5])}{more}.")
+            raise FedloraError(
+                f"the adapter does not fit this model: {'; '.join(faults[:5])}{more}."
+            )
         for part, parameters in self.parameters.items():
             for name, tensor in state.part(part).items():
                 parameters[name].copy_(tensor)
