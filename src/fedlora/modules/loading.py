@@ -1,10 +1,11 @@
-"""CLIP from the embedded model, a local folder or a hub name, with one clear line where it is not."""
+"""CLIP from the embedded model, a local folder or a hub name; one clear line where it is not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,37 +51,37 @@ def _is_path(source: str) -> bool:
 
 
 def _unavailable(model_name: str, cause: Exception) -> FedloraError:
-    where = Path(model_name).expanduser()
-    if where.is_dir():
+    if Path(resolve(model_name)).is_dir() or not isinstance(cause, OSError):
         reason = str(cause).strip().split("\n")[0]
         return FedloraError(
-            f"model_name {model_name!r} is a folder that cannot be loaded ({reason}). It must hold "
-            "what CLIPModel.save_pretrained and the tokenizer and image processor write."
+            f"model_name {model_name!r} cannot be loaded ({reason}). It must hold what "
+            "CLIPModel.save_pretrained and the tokenizer and image processor write."
         )
     if _is_path(model_name):
         return FedloraError(f"model_name {model_name!r}: there is no such folder. Check the path.")
     return FedloraError(
-        f"model_name {model_name!r} could not be had: it is no local folder, not in the hub's local "
-        "cache, and the hub did not give it (unreachable, or no such name). Check the name, load it "
-        f"once where the hub can be reached, give a local folder, or use {EMBEDDED!r}."
+        f"model_name {model_name!r} could not be had: it is no local folder, not in the hub's "
+        "local cache, and the hub did not give it (unreachable, or no such name). Check the name, "
+        "load it once where the hub can be reached, give a local folder, or use "
+        f"{EMBEDDED!r}."
     )
 
 
-def _read_json(model_name: str, *names: str) -> Mapping[str, Any]:
-    from transformers.utils.hub import cached_file
+@contextmanager
+def _one_line(model_name: str) -> Iterator[None]:
+    """One clear line for whatever transformers and its libraries raise, and no reports of its own."""
+    from transformers.utils import logging
 
-    cause: Exception = FileNotFoundError(f"no {names[0]} in it")
-    for name in names:
-        try:
-            path = cached_file(
-                resolve(model_name), name, _raise_exceptions_for_missing_entries=False
-            )
-            if path is not None:
-                return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            cause = error
-            break
-    raise _unavailable(model_name, cause) from cause
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    except FedloraError:
+        raise
+    except Exception as error:  # safetensors and tokenizers have classes of their own
+        raise _unavailable(model_name, error) from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def load_preprocess_config(model_name: str) -> Mapping[str, Any]:
@@ -89,31 +90,59 @@ def load_preprocess_config(model_name: str) -> Mapping[str, Any]:
     Raises:
         FedloraError: where the model cannot be had.
     """
-    config = _read_json(model_name, "preprocessor_config.json", "processor_config.json")
-    return dict(config.get("image_processor", config))
+    from transformers.utils.hub import cached_file
+
+    source = resolve(model_name)
+    with _one_line(model_name):
+        local = _local_only(source)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            path = cached_file(
+                source,
+                name,
+                local_files_only=local,
+                _raise_exceptions_for_missing_entries=False,
+            )
+            if path is not None:
+                config = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+                return dict(config.get("image_processor", config))
+        raise FileNotFoundError("no preprocessor_config.json in it")
 
 
 def load_clip(model_name: str) -> CLIPModel:
     """The pretrained CLIP with both towers, in float32 and evaluation mode.
 
     Raises:
-        FedloraError: where the model cannot be had or is no CLIP.
+        FedloraError: where the model cannot be had, is no CLIP or lacks weights.
     """
     from transformers import AutoConfig, CLIPModel
 
     source = resolve(model_name)
-    try:
-        config = AutoConfig.from_pretrained(source)
+    with _one_line(model_name):
+        local = _local_only(source)
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
         if config.model_type not in SUPPORTED:
             raise FedloraError(
                 f"model_name {model_name!r} is a {config.model_type!r} model; supported: "
                 f"{', '.join(SUPPORTED)}. Choose a CLIP model."
             )
-        model = CLIPModel.from_pretrained(source, config=config, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise _unavailable(model_name, error) from error
+        loaded: tuple[CLIPModel, dict[str, Any]] = CLIPModel.from_pretrained(
+            source,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=local,
+            ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
+            output_loading_info=True,
+        )
+        model, info = loaded
+        # transformers would fill them with random numbers and go on.
+        wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
+        if wrong:
+            raise ValueError(
+                f"its weights do not fit its config.json: {len(wrong)} tensors are missing or of "
+                f"another shape, such as {min(wrong)}"
+            )
     model.eval()  # type: ignore[no-untyped-call]
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
@@ -124,10 +153,13 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(resolve(model_name))
-    except (OSError, ValueError) as error:
-        raise _unavailable(model_name, error) from error
+    source = resolve(model_name)
+    with _one_line(model_name):
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=_local_only(source))
+        # Without files transformers makes up a tokenizer that knows no words.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            raise ValueError("its tokenizer has no vocabulary: is tokenizer.json missing?")
+    return tokenizer
 
 
 def weights_sha256(model: torch.nn.Module) -> str:
