@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import CheckpointError
-from fedlora.files import clear_os_errors, write_atomically
+from fedlora.files import clear_os_errors, sha256, write_atomically
 from fedlora.state import AdapterState, ServerState
 
 FORMAT = 1
+DIGEST = 64  # characters of a SHA-256
 # What may differ when a run goes on: none of it changes what the rounds compute.
 FREE = (
     "trainer.max_rounds",
@@ -86,6 +87,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 
     def write(file: Path) -> None:
         torch.save(content, file)
+        _seal(file)
         if path.stem == "last" and path.exists():
             keep_as(path, path.with_name("previous.ckpt"))
 
@@ -118,7 +120,6 @@ def load(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}.")
     try:
-        _check_whole(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["format"]
         if found != FORMAT:
@@ -126,6 +127,8 @@ def load(path: Path) -> Checkpoint:
                 f"{path} has format {found}, this version reads {FORMAT}. Use the version of fedlora "
                 f"that wrote it ({content['versions']['fedlora']})."
             )
+        if not _is_whole(path):
+            raise CheckpointError(f"{path} is damaged (its SHA-256 is not the one at its end).")
         server = ServerState(
             AdapterState.from_dict(content["adapter"]),
             content["round_idx"],
@@ -148,12 +151,20 @@ def load(path: Path) -> Checkpoint:
         ) from error
 
 
-def _check_whole(path: Path) -> None:
-    # torch.load never looks at the checksums that torch.save writes.
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged is not None:
-        raise CheckpointError(f"{path} is damaged (the checksum of {damaged} in it is wrong).")
+def _seal(file: Path) -> None:
+    # torch.load does not notice a changed number. A zip file may end with a comment, which torch.load
+    # passes over: there goes the checksum of all that is before it.
+    with file.open("r+b") as stream:
+        stream.seek(-2, os.SEEK_END)
+        stream.write(DIGEST.to_bytes(2, "little"))  # the length of the comment
+    digest = sha256(file)
+    with file.open("ab") as stream:
+        stream.write(digest.encode())
+
+
+def _is_whole(file: Path) -> bool:
+    content = file.read_bytes()
+    return content[-DIGEST:] == hashlib.sha256(content[:-DIGEST]).hexdigest().encode()
 
 
 def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,9 @@ def _write_peft(folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState) -> N
         tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _pad(B, r, 1)
     for name, tensor in adapter.other.items():
         if not name.startswith("classifier."):  # biases
+            # PEFT wraps an adapted layer, and ignores the bias under its plain name silently.
+            layer = name.removesuffix(".bias")
+            name = f"{layer}.base_layer.bias" if layer in factors else name
             tensors[f"{PEFT_PREFIX}{name}"] = tensor.contiguous()
     LoraConfig(
         r=r,
@@ -140,7 +144,8 @@ def _write_model(folder: Path, lora: CLIPLoRAWrapper) -> None:
     if lora.classifier.has_text_tower:
         clip.save_pretrained(str(folder))
         return
-    vision_config: Any = clip.config.vision_config
+    vision_config: Any = copy(clip.config.vision_config)
+    vision_config.projection_dim = clip.config.projection_dim  # some folders say it only once
     vision = CLIPVisionModelWithProjection(vision_config)
     wanted = vision.state_dict().keys()
     vision.load_state_dict({n: t.cpu() for n, t in clip.state_dict().items() if n in wanted})

@@ -44,9 +44,7 @@ class Hooks:
         if hook not in self._overridden:
             plain = (getattr(Callback, hook, None), getattr(FederatedCallback, hook, None))
             self._overridden[hook] = [
-                callback
-                for callback in self.callbacks
-                if _function(callback, hook) not in plain
+                callback for callback in self.callbacks if _function(callback, hook) not in plain
             ]
         return self._overridden[hook]
 

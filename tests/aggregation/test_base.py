@@ -173,29 +173,25 @@ def test_the_result_has_the_type_and_names_of_the_server(make_rule, dtype):
 
 def test_updates_are_a_stream_of_which_nothing_is_kept(make_rule):
     rule, server = make_rule(), fresh()
-    born: list[weakref.ref] = []
-    alive: list[int] = []
+    updates: list[weakref.ref] = []
+    tensors: list[weakref.ref] = []
+    alive = []
 
     def stream():
         for number in range(6):
             [update] = play(rule, server, [adapter(number)], [1 + number])
-            born.extend([weakref.ref(update), weakref.ref(next(iter(update.payload.A.values())))]
-                        if update.payload.A else [weakref.ref(update)])
+            updates.append(weakref.ref(update))
+            tensors.extend(weakref.ref(tensor) for _, tensor in update.payload.tensors())
             yield update
             del update
             gc.collect()
-            alive.append(sum(ref() is not None for ref in born if _is_update(ref)))
+            alive.append(sum(ref() is not None for ref in updates))
 
     after = rule.aggregate(server, AggregationMeter().watch(stream()), ROUND)
-    assert len(alive) == 6
-    assert max(alive) <= 1  # the one that the rule has in hand
     gc.collect()
-    assert not any(ref() is not None for ref in born)
+    assert alive == [1] * 6  # the one that the rule has in hand
+    assert not any(ref() is not None for ref in updates + tensors)
     assert names(after) == names(server)
-
-
-def _is_update(ref):
-    return isinstance(ref(), ClientUpdate)
 
 
 def test_a_stream_that_breaks_leaves_the_rule_as_it_was(make_rule):

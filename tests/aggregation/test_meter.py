@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +32,7 @@ def dense_error(after, updates):
 
 
 def scalar(B, A, scaling=1.0):
-    one = AdapterState({"x": torch.tensor([[A]])}, {"x": torch.tensor([[B]])}, {}, {"x": scaling})
-    return one
+    return AdapterState({"x": torch.tensor([[A]])}, {"x": torch.tensor([[B]])}, {}, {"x": scaling})
 
 
 def test_by_hand():
@@ -143,15 +143,14 @@ def test_another_process_gets_the_same_figure_to_the_bit():
         "watched = meter.watch(play(FedAvg(), server, trained, [1, 2, 3]))\n"
         "print(meter.error(FedAvg().aggregate(server, watched, ROUND)).hex())\n"
     )
-    folder = os.path.dirname(__file__)  # noqa: PTH120
     answers = {
         subprocess.run(
-            [sys.executable, "-c", program, folder],
+            [sys.executable, "-c", program, str(Path(__file__).parent)],
             env={**os.environ, "PYTHONHASHSEED": str(seed)},
             capture_output=True,
             text=True,
             check=True,
         ).stdout
-        for seed in (1, 2, 3)
+        for seed in (1, 2)
     }
     assert len(answers) == 1

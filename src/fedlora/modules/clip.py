@@ -21,6 +21,25 @@ Head = Literal["linear", "text"]
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
+def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str] | None) -> int:
+    """The number of classes, when all that says it agrees."""
+    if head not in ("linear", "text"):
+        raise FedloraError(f"head should be one of linear, text but got {head!r}.")
+    if num_classes is None and class_names is None:
+        raise FedloraError("num_classes is needed where there are no class_names. Give one.")
+    count = len(class_names or ()) if num_classes is None else num_classes
+    if count < 1:
+        raise FedloraError(f"num_classes must be at least 1, got {count}.")
+    if class_names is not None and len(class_names) != count:
+        raise FedloraError(
+            f"num_classes is {count} but there are {len(class_names)} class names. Drop "
+            "num_classes or set it to that number."
+        )
+    if head == "text" and class_names is None:
+        raise FedloraError("the text head needs class_names, got none. Give them or head=linear.")
+    return count
+
+
 class FederatedCLIPModel(nn.Module):
     """CLIP with a classification head.
 
@@ -51,18 +70,9 @@ class FederatedCLIPModel(nn.Module):
         keep_text_tower: bool = True,
     ) -> None:
         super().__init__()
-        if num_classes is None and class_names is None:
-            raise FedloraError("num_classes is needed where there are no class_names. Give one.")
-        count = len(class_names or ()) if num_classes is None else num_classes
-        if class_names is not None and len(class_names) != count:
-            raise FedloraError(
-                f"num_classes is {count} but there are {len(class_names)} class names. Drop "
-                "num_classes or set it to that number."
-            )
-        if head == "text" and class_names is None:
-            raise FedloraError(
-                "the text head needs class_names, got none. Give them or head=linear."
-            )
+        count = _num_classes(num_classes, head, class_names)
+        if not templates:
+            raise FedloraError("templates must be at least one prompt, got none. Leave them out.")
         self.model_name = model_name
         self.num_classes = count
         self.head = head
@@ -142,7 +152,7 @@ class FederatedCLIPModel(nn.Module):
         if self.classifier is not None:
             logits: Tensor = self.classifier(features)
             return logits.float()
-        # A text tower that is trained has moved: its prompts are encoded anew; a frozen one has not.
+        # A trained text tower has moved: its prompts are encoded anew. A frozen one has not.
         text = self.text_features if self.text_frozen else self.encode_text(self._prompts)
         if text is None:  # the constructor makes them wherever the head is "text"
             raise FedloraError("the text head has no class prompts.")

@@ -94,11 +94,17 @@ def targets_in(clip: nn.Module, config: LoRAConfig, towers: Sequence[str]) -> li
             )
     depth = {tower: 1 + max(i for t, i, _, _ in blocks if t == tower) for tower, *_ in blocks}
     chosen = {tower: _indices(config.layers, depth[tower], tower) for tower in depth}
-    return [
+    targets = [
         name
         for tower, index, _, name in blocks
         if index in chosen[tower] and any(_matches(name, target) for target in wanted)
     ]
+    if not targets:
+        raise FedloraError(
+            f"lora.layers={config.layers} with {', '.join(wanted)} leaves no layer to adapt. "
+            "Name blocks that hold them, or leave lora.layers out."
+        )
+    return targets
 
 
 def _matches(name: str, target: str) -> bool:

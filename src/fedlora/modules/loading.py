@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
@@ -69,11 +70,11 @@ def _unavailable(model_name: str, cause: Exception) -> FedloraError:
 
 @contextmanager
 def _one_line(model_name: str) -> Iterator[None]:
-    """One clear line for whatever transformers and its libraries raise, and no reports of its own."""
-    from transformers.utils import logging
+    """One clear line for whatever transformers and its libraries raise, and no reports."""
+    from transformers.utils import logging as reports
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = reports.get_verbosity()
+    reports.set_verbosity(logging.ERROR)
     try:
         yield
     except FedloraError:
@@ -81,7 +82,7 @@ def _one_line(model_name: str) -> Iterator[None]:
     except Exception as error:  # safetensors and tokenizers have classes of their own
         raise _unavailable(model_name, error) from error
     finally:
-        logging.set_verbosity(level)
+        reports.set_verbosity(level)
 
 
 def load_preprocess_config(model_name: str) -> Mapping[str, Any]:
@@ -125,7 +126,7 @@ def load_clip(model_name: str) -> CLIPModel:
                 f"model_name {model_name!r} is a {config.model_type!r} model; supported: "
                 f"{', '.join(SUPPORTED)}. Choose a CLIP model."
             )
-        loaded: tuple[CLIPModel, dict[str, Any]] = CLIPModel.from_pretrained(
+        loaded: Any = CLIPModel.from_pretrained(
             source,
             config=config,
             dtype=torch.float32,
@@ -133,7 +134,8 @@ def load_clip(model_name: str) -> CLIPModel:
             ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
             output_loading_info=True,
         )
-        model, info = loaded
+        model: CLIPModel = loaded[0]
+        info: Mapping[str, Any] = loaded[1]
         # transformers would fill them with random numbers and go on.
         wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
         if wrong:

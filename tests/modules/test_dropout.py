@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedlora.modules.dropout import KeyedDropout
+
+
+def mask(key: int | None, layer: str = "a.b", p: float = 0.5, size: int = 64) -> Tensor:
+    dropout = KeyedDropout(p, layer)
+    dropout.key = key
+    return dropout(torch.ones(size, size))
+
+
+def test_the_mask_is_a_pure_function_of_key_and_layer() -> None:
+    state = torch.get_rng_state()
+    first = mask(7)
+    torch.manual_seed(99)
+    torch.rand(3)
+    seeded = torch.get_rng_state()
+    assert torch.equal(mask(7), first)
+    assert torch.equal(torch.get_rng_state(), seeded)  # torch's own generator does not move
+    torch.set_rng_state(state)
+
+
+def test_another_key_or_layer_is_another_mask() -> None:
+    same = (mask(7) == mask(8)).double().mean()
+    assert abs(float(same) - 0.5) < 0.05  # independent halves agree in half of 4096 places
+    same = (mask(7) == mask(7, layer="a.c")).double().mean()
+    assert abs(float(same) - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_mean_is_kept_and_the_share_of_zeros_is_p(p: float) -> None:
+    count = 512 * 512
+    y = mask(3, p=p, size=512)
+    zeros = (y == 0).double().mean()
+    tolerance = 5 * (p * (1 - p) / count) ** 0.5  # five standard deviations
+    assert abs(float(zeros) - p) < tolerance
+    assert abs(float(y.double().mean()) - 1) < tolerance / (1 - p)
+    torch.testing.assert_close(y.unique(), torch.tensor([0.0, 1 / (1 - p)]))
+
+
+def test_gradients_pass_through_the_same_mask() -> None:
+    dropout = KeyedDropout(0.5, "a")
+    dropout.key = 1
+    x = torch.randn(8, 8, requires_grad=True)
+    dropout(x).sum().backward()
+    assert torch.equal(x.grad, dropout(torch.ones(8, 8)))
+
+
+def test_nothing_is_dropped_outside_of_training_or_with_p_zero() -> None:
+    x = torch.randn(5, 5)
+    dropout = KeyedDropout(0.9, "a").eval()
+    dropout.key = 1
+    assert dropout(x) is x
+    assert KeyedDropout(0.0, "a")(x) is x
+
+
+def test_without_a_key_torch_decides() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first, second = mask(None), mask(None)
+        assert not torch.equal(first, second)
+        torch.manual_seed(0)
+        assert torch.equal(mask(None), first)
+
+
+def test_the_type_of_the_input_is_kept() -> None:
+    dropout = KeyedDropout(0.5, "a")
+    dropout.key = 1
+    assert dropout(torch.ones(3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
