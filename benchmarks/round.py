@@ -264,7 +264,9 @@ def show(result: Mapping[str, Any]) -> None:
     """Print a result."""
     gap = result["loss_gap_without_dropout"]
     seconds = result["seconds_median"]
-    print(f"{result['size']}, {result['threads']} thread(s), {result['repeats']} rounds each in turn")
+    print(
+        f"{result['size']}, {result['threads']} thread(s), {result['repeats']} rounds each in turn"
+    )
     print(f"  losses without dropout differ by {gap:.1e} at most (allowed {TOLERANCE:.0e})")
     print(
         f"  fedlora / bare loop: {result['ratio_median']:.3f} (median; {result['ratio_least']:.3f} "

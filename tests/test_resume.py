@@ -136,8 +136,6 @@ def test_kill_9_and_the_command_line(tmp_path: Path, rule: type[Aggregator]) -> 
     assert_same_bits(
         fingerprint(tmp_path / "whole" / "version_0"), fingerprint(tmp_path / "killed" / "version_0")
     )
-    again = subprocess.run(resume, check=True, capture_output=True, text=True, timeout=120)
-    assert "nothing to do" in again.stdout
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -184,6 +182,17 @@ def test_two_damaged_checkpoints_end_in_one_line(tmp_path: Path) -> None:
         path.write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match=r"previous\.ckpt is damaged"):
         fit(tmp_path, max_rounds=2, ckpt_path="last")
+
+
+def test_a_finished_run_has_nothing_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, max_rounds=1)
+    summary = tmp_path / "version_0" / "summary.json"
+    before = summary.stat().st_mtime_ns
+    fit(tmp_path, max_rounds=1, ckpt_path="last", progress="plain")
+    assert "nothing to do" in capsys.readouterr().out
+    assert summary.stat().st_mtime_ns == before
 
 
 def test_more_rounds_may_be_asked_for_later(tmp_path: Path, undisturbed: Callable) -> None:

@@ -1,6 +1,6 @@
 """`python -m fedlora …`."""
 
-from fedlora.cli import main
+from fedlora.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

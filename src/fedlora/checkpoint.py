@@ -120,6 +120,8 @@ def load(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"there is no checkpoint {path}.")
     try:
+        if not _is_whole(path):
+            raise CheckpointError(f"{path} is damaged or no checkpoint (its SHA-256 is another).")
         content = torch.load(path, map_location="cpu", weights_only=True)
         found = content["format"]
         if found != FORMAT:
@@ -127,8 +129,6 @@ def load(path: Path) -> Checkpoint:
                 f"{path} has format {found}, this version reads {FORMAT}. Use the version of fedlora "
                 f"that wrote it ({content['versions']['fedlora']})."
             )
-        if not _is_whole(path):
-            raise CheckpointError(f"{path} is damaged (its SHA-256 is not the one at its end).")
         server = ServerState(
             AdapterState.from_dict(content["adapter"]),
             content["round_idx"],

@@ -51,7 +51,7 @@ def test_defaults_and_limits_are_valid() -> None:
 def test_fields_may_be_assigned_and_are_checked_when_asked() -> None:
     config = LoRAConfig()
     config.r = 0
-    with pytest.raises(FedloraError, match="lora.r"):
+    with pytest.raises(FedloraError, match=r"lora\.r"):
         config.validate()
 
 
