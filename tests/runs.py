@@ -69,10 +69,10 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """All that must be equal to the bit: adapter, residual, client states, tables, exported files."""
+    """All that must be equal to the bit: adapter, residual, client states, tables, files."""
     run = RunFolder(folder)
     server = load(run.checkpoint("last")).server
-    found: dict[str, Any] = {name: tensor for name, tensor in server.adapter.tensors()}
+    found: dict[str, Any] = dict(server.adapter.tensors())
     for name, residual in server.adapter.residual.items():
         found[f"residual/{name}"] = residual.dense()
     store = ClientStore(run.clients)

@@ -18,7 +18,16 @@ ALLOWED = {
     "aggregation": {"aggregation", "state", "sampling"},
     "modules": {"modules", "state", "sampling", "errors", "data.preprocess"},
     "data": {"data", "state", "sampling", "errors"},
-    "engines": {"engines", "aggregation", "modules", "data", "personal", "state", "sampling", "errors"},
+    "engines": {
+        "engines",
+        "aggregation",
+        "modules",
+        "data",
+        "personal",
+        "state",
+        "sampling",
+        "errors",
+    },
     "callbacks": {"callbacks", "aggregation", "state", "errors", "files"},
 }
 

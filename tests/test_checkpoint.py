@@ -258,7 +258,7 @@ def test_nothing_in_a_checkpoint_is_executed(last, tmp_path, new):
     torch.save({"format": 1, "x": bomb}, last, _use_new_zipfile_serialization=new)
     seal(last)
     refused(last, "is damaged or no checkpoint")
-    last.write_bytes(pickle.dumps(bomb))
+    last.write_bytes(pickle.dumps(bomb, protocol=2))
     seal(last)
     refused(last, "is damaged or no checkpoint")
     assert entries(last) == ["last.ckpt"]

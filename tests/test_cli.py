@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a table of command lines)
 from __future__ import annotations
 
 import json
@@ -75,9 +76,7 @@ def test_the_overrides_of_every_section_work_together() -> None:
     assert about["round"] == 2
 
 
-def test_overlays_are_merged_in_order(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_overlays_are_merged_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overlay = tmp_path / "fedex.yaml"
     overlay.write_text("trainer:\n  averaging:\n    aggregator: fedlora.aggregation.FedExLoRA\n")
     args = ["fit", "--config", "clip_lora.yaml", "--config", str(overlay), "--print_config"]
@@ -127,7 +126,9 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("args", "code", "said"), WRONG, ids=[" ".join(a[-1:]) for a, _, _ in WRONG])
+@pytest.mark.parametrize(
+    ("args", "code", "said"), WRONG, ids=[" ".join(a[-1:]) for a, _, _ in WRONG]
+)
 def test_a_mistake_is_one_line(
     args: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,7 +168,10 @@ def test_a_checkpoint_alone_brings_its_own_config(tmp_path: Path) -> None:
 
 
 def test_the_module_and_the_script_are_the_same_command() -> None:
-    for command in ([sys.executable, "-m", "fedlora"], [str(Path(sys.executable).parent / "fedlora")]):
+    for command in (
+        [sys.executable, "-m", "fedlora"],
+        [str(Path(sys.executable).parent / "fedlora")],
+    ):
         done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
         assert done.stdout.startswith("fedlora ")
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)

@@ -115,9 +115,10 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path, error):
 def test_a_full_or_unwritable_disk_is_one_line(tmp_path, monkeypatch, where, number, reason):
     path = tmp_path / "note.txt"
     write_text(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(FedloraError) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(*where, failing(number))
-        write_text(path, "new")
+        with pytest.raises(FedloraError) as caught:
+            write_text(path, "new")
     message = one_line(caught, path)
     assert reason in message
     assert "--trainer.default_root_dir" in message
@@ -157,7 +158,7 @@ def test_a_folder_that_is_gone_is_one_line(tmp_path, write):
 
 
 def test_other_errors_pass_as_they_are(tmp_path):
-    with pytest.raises(RuntimeError, match="^size mismatch$"), clear_os_errors(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^size mismatch$"), clear_os_errors(tmp_path):
         raise RuntimeError("size mismatch")
     with pytest.raises(KeyError), clear_os_errors(tmp_path):
         raise KeyError("x")
@@ -217,9 +218,13 @@ def test_what_a_kill_left_is_cleared(folder):
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 def test_an_error_leaves_the_old_folder(folder, error):
-    with pytest.raises(type(error)), swapped_folder(folder) as fresh:
-        (fresh / "new.txt").write_text("new")
-        raise error
+    def swap():
+        with swapped_folder(folder) as fresh:
+            (fresh / "new.txt").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        swap()
     assert entries(folder) == ["old.txt"]
     assert entries(folder.parent) == ["adapter"]
 

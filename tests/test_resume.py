@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from tests.runs import assert_same_bits, fingerprint, fit
 
 from fedlora import FedloraError
 from fedlora import checkpoint as checkpoints
@@ -20,7 +21,6 @@ from fedlora import export as exports
 from fedlora.aggregation import Aggregator, FedAvg, FedExLoRA, FedSALoRA
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.errors import CheckpointError
-from tests.runs import assert_same_bits, fingerprint, fit
 
 RULES = [FedAvg, FedExLoRA, FedSALoRA]
 
@@ -134,7 +134,8 @@ def test_kill_9_and_the_command_line(tmp_path: Path, rule: type[Aggregator]) -> 
     subprocess.run(resume, check=True, stdout=subprocess.DEVNULL, timeout=120)
     assert whole.wait(timeout=120) == 0
     assert_same_bits(
-        fingerprint(tmp_path / "whole" / "version_0"), fingerprint(tmp_path / "killed" / "version_0")
+        fingerprint(tmp_path / "whole" / "version_0"),
+        fingerprint(tmp_path / "killed" / "version_0"),
     )
 
 
@@ -155,7 +156,9 @@ def test_a_polite_end_says_how_to_go_on(tmp_path: Path, number: int, code: int) 
     assert process.returncode == code
     assert len(errors.strip().splitlines()) == 1
     assert "fedlora fit --ckpt_path last" in errors
-    assert checkpoints.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt").server.round_idx >= 1
+    assert (
+        checkpoints.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt").server.round_idx >= 1
+    )
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -8,13 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
+from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer, rows
 
-from fedlora import AdapterAveraging, FederatedTrainer, FedloraError, RoundCheckpoint
+from fedlora import AdapterAveraging, FederatedTrainer, FedloraError, LoRAConfig, RoundCheckpoint
 from fedlora.aggregation import FedAvg, FedExLoRA, FedSALoRA, FFALoRA, WeightedMean
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.records import CLIENTS, METRICS
 from fedlora.checkpoint import load
-from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer, rows
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_the_run_folder_holds_what_is_promised(finished: FederatedTrainer) -> No
         "adapter_model.safetensors",
         "classifier.safetensors",
         "fedlora.json",
-    } or adapter > {"adapter_config.json", "adapter_model.safetensors", "fedlora.json"}
+    }
     assert (folder / "config.yaml").is_file()
     assert list((folder / "tensorboard").glob("events.*"))
     leftovers = [p for p in folder.rglob("*") if ".tmp" in p.name or ".old" in p.name]
@@ -54,7 +55,11 @@ def test_metrics_have_a_row_per_round_and_row_0_is_untrained(finished: Federated
     # 2 adapted layers per block, 4 blocks: r (in + out) each, and the head; 4 bytes; 3 clients.
     factors = 4 * 2 * 4 * (128 + 512)
     head = 10 * 64 + 10
-    assert int(table[1]["comm/up_bytes"]) == int(table[1]["comm/down_bytes"]) == 3 * 4 * (factors + head)
+    assert (
+        int(table[1]["comm/up_bytes"])
+        == int(table[1]["comm/down_bytes"])
+        == 3 * 4 * (factors + head)
+    )
 
 
 def test_clients_have_a_row_per_round(finished: FederatedTrainer) -> None:
@@ -134,7 +139,7 @@ def test_local_work_is_counted_in_steps(tmp_path: Path, settings: dict, steps: i
 
 
 def test_accumulated_batches_equal_one_large_batch(tmp_path: Path) -> None:
-    model = {"lora": __import__("fedlora").LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0)}
+    model = {"lora": LoRAConfig(r=4, lora_alpha=8, lora_dropout=0.0)}
     whole = fit(tmp_path, max_rounds=1, local_steps=1, data={"batch_size": 32}, model=model)
     parts = fit(
         tmp_path,
@@ -218,7 +223,7 @@ def test_a_client_that_sat_out_finds_its_state_unchanged(tmp_path: Path) -> None
 
     fit(tmp_path, FedSALoRA(), max_rounds=4, clients_per_round=1, callbacks=[Watch()])
     sat_out = 0
-    for before, after in zip(kept, kept[1:], strict=False):
+    for before, after in itertools.pairwise(kept):
         for client, (version, state) in before.items():
             if after[client][0] == version:
                 sat_out += 1
@@ -238,8 +243,6 @@ def test_a_rule_that_stops_early_still_lets_every_client_train(tmp_path: Path) -
 
 def test_without_lora_the_full_model_is_trained_and_exported(tmp_path: Path) -> None:
     from transformers import CLIPVisionModelWithProjection
-
-    from fedlora import LoRAConfig
 
     trainer = fit(tmp_path, max_rounds=1, model={"lora": LoRAConfig(enabled=False)})
     assert not trainer.server.adapter.A
@@ -293,7 +296,9 @@ def test_early_stopping_of_lightning_stops_and_stays_stopped(tmp_path: Path) -> 
     trainer = fit(tmp_path, max_rounds=9, callbacks=[stopper()], limit_train_batches=1)
     assert trainer.server.round_idx == 2
     assert "stop" in trainer.server.finished
-    again = fit(tmp_path, max_rounds=9, callbacks=[stopper()], limit_train_batches=1, ckpt_path="last")
+    again = fit(
+        tmp_path, max_rounds=9, callbacks=[stopper()], limit_train_batches=1, ckpt_path="last"
+    )
     assert again.server.round_idx == 2
 
 
@@ -332,7 +337,9 @@ def explode(client: int) -> FederatedCallback:
 
 
 def test_a_nan_loss_names_client_and_round(tmp_path: Path) -> None:
-    with pytest.raises(FedloraError, match="the loss of client 1 became NaN or infinite in round 0"):
+    with pytest.raises(
+        FedloraError, match="the loss of client 1 became NaN or infinite in round 0"
+    ):
         fit(tmp_path, callbacks=[explode(1)])
 
 
@@ -349,7 +356,7 @@ def test_an_infinite_adapter_is_noticed(tmp_path: Path) -> None:
 
 
 def test_more_clients_a_round_than_clients_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FedloraError, match="between 1 and 3 .*got 12"):
+    with pytest.raises(FedloraError, match=r"between 1 and 3 .*got 12"):
         fit(tmp_path, clients_per_round=12)
     assert not list(tmp_path.glob("version_*/checkpoints/*.ckpt"))
 

@@ -18,7 +18,7 @@ _NAMES = {
     "LoRAConfig": "fedlora.modules.config",
     "RoundCheckpoint": "fedlora.callbacks.checkpoint",
 }
-__all__ = ["__version__", *sorted(_NAMES)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_NAMES)]
 
 
 def __getattr__(name: str) -> Any:

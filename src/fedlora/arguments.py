@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args
 
 from fedlora.errors import FedloraError
 from fedlora.run_folder import RunFolder
@@ -87,10 +87,18 @@ def explain(error: Exception, known: Iterable[str]) -> str:
     text = " ".join(str(error).split())
     keys = re.findall(r'Parser key "([^"]+)"', text)
     text = re.split(r" - Expected a <class 'NoneType'>| Given value type: ", text)[0]
-    text = re.sub(r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text)
+    text = re.sub(
+        r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text
+    )
     text = text.removeprefix("- ")
-    text = re.sub(r"Expected a typing.Literal\[(.*?)\]\. Got value: (.*)", r"should be one of \1 but got \2", text)
-    text = re.sub(r"Expected a <class '(\w+)'>\. Got value: (.*)", r"should be of type \1 but got \2", text)
+    text = re.sub(
+        r"Expected a typing.Literal\[(.*?)\]\. Got value: (.*)",
+        r"should be one of \1 but got \2",
+        text,
+    )
+    text = re.sub(
+        r"Expected a <class '(\w+)'>\. Got value: (.*)", r"should be of type \1 but got \2", text
+    )
     text = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class \1", text)
     unknown = re.search(
         r"(?:arguments: --|option '|Option '|invalid choice: '|no class |attribute ')([\w.]+)", text
@@ -122,28 +130,31 @@ def known_names(parser: ArgumentParser) -> set[str]:
 
 
 def _class_names(base: type) -> Iterator[str]:
-    """A class, those derived from it, and the arguments of their constructors with their classes."""
+    """A class, those derived from it, their constructors' arguments and those' classes."""
     for cls in _derived(base):
         yield cls.__name__
-        yield from inspect.signature(cls).parameters
         try:
-            hints = get_type_hints(cls.__init__)
-        except NameError:  # a class whose annotations exist for type checkers only
-            continue
-        for hint in hints.values():
-            yield from (derived.__name__ for inner in _classes(hint) for derived in _derived(inner))
+            parameters = inspect.signature(cls, eval_str=True).parameters
+        except NameError:  # annotations that exist for type checkers only
+            parameters = inspect.signature(cls).parameters
+        for name, parameter in parameters.items():
+            yield name
+            for inner in _classes(parameter.annotation):
+                yield from (derived.__name__ for derived in _derived(inner))
 
 
 def _derived(base: type) -> Iterator[type]:
     yield base
-    for cls in base.__subclasses__():
-        yield from _derived(cls)
+    for derived in base.__subclasses__():
+        yield from _derived(derived)
 
 
 def _classes(hint: Any) -> list[type]:
     """The classes in a type hint that a config names by class_path."""
     members = get_args(hint) or (hint,)
-    return [m for m in members if isinstance(m, type) and m.__module__.partition(".")[0] not in _PLAIN]
+    return [
+        m for m in members if isinstance(m, type) and m.__module__.partition(".")[0] not in _PLAIN
+    ]
 
 
 _PLAIN = ("builtins", "typing", "types", "collections")

@@ -56,8 +56,8 @@ def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
     trainer = rounds.trainer
     history = trainer.server.history
     first, last = history[0], history[-1]
-    judged = [row for row in history if row.get("val/acc") is not None]
-    best = max(judged, key=lambda row: row["val/acc"]) if judged else None
+    judged = [(value, row) for row in history if (value := row.get("val/acc")) is not None]
+    best = max(judged, key=lambda pair: pair[0])[1] if judged else None
 
     def total(name: str) -> float:
         return sum(row.get(name) or 0 for row in history)

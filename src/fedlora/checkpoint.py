@@ -126,8 +126,8 @@ def load(path: Path) -> Checkpoint:
         found = content["format"]
         if found != FORMAT:
             raise CheckpointError(
-                f"{path} has format {found}, this version reads {FORMAT}. Use the version of fedlora "
-                f"that wrote it ({content['versions']['fedlora']})."
+                f"{path} has format {found}, this version reads {FORMAT}. Use the version of "
+                f"fedlora that wrote it ({content['versions']['fedlora']})."
             )
         server = ServerState(
             AdapterState.from_dict(content["adapter"]),
@@ -145,15 +145,15 @@ def load(path: Path) -> Checkpoint:
         )
     except CheckpointError:
         raise
-    except Exception as error:  # noqa: BLE001  (torch.load fails with many types on damaged bytes)
+    except Exception as error:  # torch.load fails with many types on damaged bytes
         raise CheckpointError(
             f"{path} is damaged or no checkpoint ({type(error).__name__})."
         ) from error
 
 
 def _seal(file: Path) -> None:
-    # torch.load does not notice a changed number. A zip file may end with a comment, which torch.load
-    # passes over: there goes the checksum of all that is before it.
+    # torch.load does not notice a changed number. A zip file may end with a comment, which
+    # torch.load passes over: there goes the checksum of all that is before it.
     with file.open("r+b") as stream:
         stream.seek(-2, os.SEEK_END)
         stream.write(DIGEST.to_bytes(2, "little"))  # the length of the comment

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(INTERRUPTED, "interrupted. Go on with: fedlora fit --ckpt_path last")
     except Terminated:
         return _fail(TERMINATED, "terminated. Go on with: fedlora fit --ckpt_path last")
-    except Exception as error:  # noqa: BLE001  (the one place where errors become exit codes)
+    except Exception as error:  # the one place where errors become exit codes
         if os.environ.get("FEDLORA_DEBUG"):
             raise
         text = " ".join(str(error).split())
@@ -134,7 +134,7 @@ def _fail(code: int, text: str) -> int:
     return code
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 

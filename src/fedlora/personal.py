@@ -59,8 +59,8 @@ class ClientStore:
                 parts[part][key] = tensor
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"the state of client {client_id} cannot be read from {path} ({error}). Restore that "
-                "file, or start a new run."
+                f"the state of client {client_id} cannot be read from {path} ({error}). Restore "
+                "that file, or start a new run."
             ) from error
         return AdapterState(**parts)  # type: ignore[arg-type]
 

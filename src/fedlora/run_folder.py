@@ -78,7 +78,7 @@ class RunFolder:
         """The run that ``ckpt_path`` means, and which of its checkpoints.
 
         Args:
-            ckpt_path: "last" or "best" of the newest run, a run folder, or a checkpoint file in one.
+            ckpt_path: "last" or "best" of the newest run, a run folder, or a checkpoint in one.
             root: where runs are.
 
         Raises:
@@ -92,8 +92,8 @@ class RunFolder:
         if path.is_file() and path.suffix == ".ckpt" and path.parent.name == "checkpoints":
             return cls(path.parent.parent), path.stem
         raise CheckpointError(
-            f"ckpt_path {ckpt_path!r} is neither 'last' nor 'best' nor a run folder nor a .ckpt file "
-            "in the checkpoints folder of one. Check the path."
+            f"ckpt_path {ckpt_path!r} is neither 'last' nor 'best' nor a run folder nor a .ckpt "
+            "file in the checkpoints folder of one. Check the path."
         )
 
     def write_config(self, text: str) -> None:
@@ -117,7 +117,8 @@ class RunFolder:
         except OSError as error:
             file.close()
             raise FedloraError(
-                f"another process is running in {self.path}. Wait until it ends, or start a new run."
+                f"another process is running in {self.path}. Wait until it ends, or start a new "
+                "run."
             ) from error
         self._lock = file
 

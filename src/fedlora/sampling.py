@@ -1,4 +1,4 @@
-"""Which clients play, and every seed: pure functions of (seed, round, client), so nothing is saved."""
+"""Which clients play, and every seed: pure functions of (seed, round, client)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -79,11 +81,17 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
             trainer.progress.say(f"nothing to do: the run in {run.path} is finished.")
             return
     run.write_config(trainer.config_text)
+    with _log_file(run):
+        _play(trainer, rounds, fresh=saved is None)
+
+
+def _play(trainer: FederatedTrainer, rounds: Rounds, fresh: bool) -> None:
+    run = rounds.run
     trainer.loggers = _make_loggers(trainer, run)
     trainer.progress.describe(trainer, rounds)
     trainer.call("on_fit_start")
     trainer.call("on_train_start")
-    if saved is None:
+    if fresh:
         rounds.start()
     else:
         rounds.mend()
@@ -92,6 +100,23 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     trainer.call("on_train_end")
     _finish(trainer, rounds)
     trainer.call("on_fit_end")
+
+
+@contextmanager
+def _log_file(run: RunFolder) -> Iterator[None]:
+    """Write what is said to ``fedlora.log`` too."""
+    log = logging.getLogger("fedlora")
+    handler = logging.FileHandler(run.log, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
 
 
 def _open(
@@ -143,7 +168,7 @@ def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
         trainer.lane = lane
         trainer.call("on_train_batch_end", outputs, batch, lane.step)
 
-    def on_skip(client: Client, error: NonFiniteError) -> None:
+    def on_skip(_: Client, error: NonFiniteError) -> None:
         trainer.progress.say(f"left out of the round: {error}")
 
     loop = LocalLoop(

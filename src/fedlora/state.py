@@ -47,6 +47,7 @@ class Client:
     name: str = ""
 
     def __str__(self) -> str:
+        """As it is named in messages."""
         return f"client {self.id}" + (f" ({self.name})" if self.name else "")
 
 

@@ -1,4 +1,4 @@
-"""FederatedTrainer: Fabric, run folder and callbacks around the rounds. It knows no rule or model."""
+"""FederatedTrainer: the settings and the calls of a run. It knows no rule and no model."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ class FederatedTrainer:
         )
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise FedloraError(
-                f"trainer.gradient_clip_val must be above 0, got {gradient_clip_val}. Leave it out to "
-                "not clip."
+                f"trainer.gradient_clip_val must be above 0, got {gradient_clip_val}. Leave it out "
+                "to not clip."
             )
         if devices not in (1, "auto") or strategy != "auto":
             raise FedloraError(
-                f"trainer.devices={devices} with strategy={strategy}: this version runs on one device. "
-                "Set devices=1 and strategy=auto."
+                f"trainer.devices={devices} with strategy={strategy}: this version runs on one "
+                "device. Set devices=1 and strategy=auto."
             )
         self.averaging = AdapterAveraging() if averaging is None else averaging
         self.logger = logger
@@ -205,7 +205,7 @@ class FederatedTrainer:
         datamodule: FederatedDataModule,
         ckpt_path: str | None = None,
     ) -> Path:
-        """Write the predictions of the test pictures as CSV, beside the checkpoint; returns where."""
+        """Write predictions of the test pictures as CSV beside the checkpoint; returns where."""
         self._begin(TrainerFn.PREDICTING, model, datamodule)
         return session.launch(self, lambda: artefacts.predict(self, ckpt_path))
 

@@ -33,9 +33,8 @@ def test_by_hand():
         return AdapterState({"x": torch.tensor([[A]])}, {"x": torch.tensor([[B]])}, {}, {"x": 2.0})
 
     rule, server = FedExLoRA(), one(0.0, 1.0)
-    after = rule.aggregate(
-        server, play(rule, server, [one(1.0, 1.0), one(3.0, 2.0)], [1, 3]), ROUND
-    )
+    updates = play(rule, server, [one(1.0, 1.0), one(3.0, 2.0)], [1, 3])
+    after = rule.aggregate(server, updates, ROUND)
     assert after.A["x"].item() == 1.75
     assert after.B["x"].item() == 2.5
     assert after.residual["x"].dense().item() == 0.75
@@ -49,14 +48,8 @@ def test_the_served_weight_is_exact(dtype, error, weights):
     after = rule.aggregate(server, play(rule, server, trained, weights), ROUND)
     for name, shape in SHAPES.items():
         W0 = np.random.default_rng(5).standard_normal(shape)
-        update = sum(
-            weight
-            / sum(weights)
-            * 2.0
-            * state.B[name].double().numpy()
-            @ state.A[name].double().numpy()
-            for weight, state in zip(weights, trained, strict=True)
-        )
+        products = [s.B[name].double().numpy() @ s.A[name].double().numpy() for s in trained]
+        update = sum(n / sum(weights) * 2.0 * BA for n, BA in zip(weights, products, strict=True))
         served = W0 + change(after, name)
         assert relative(served - (W0 + update), W0 + update) < error
         assert relative(change(after, name) - update, update) < error

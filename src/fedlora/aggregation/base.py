@@ -46,7 +46,7 @@ class Aggregator(ABC):
         return server
 
     def distribute(self, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
-        """What travels to a client; the rest of ``server`` it knows already (e.g. from the seed)."""
+        """What travels to a client; the rest of ``server`` it knows already (from the seed)."""
         return replace(server.only(self.shared(rnd)), residual=server.residual)
 
     def trainable(self, rnd: Round) -> frozenset[Part]:
@@ -67,7 +67,7 @@ class Aggregator(ABC):
         """Server state such as momenta: tensors, numbers, dicts; never anything of one client."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027  (a default: no state)
         """The inverse of :meth:`state_dict`."""
 
 
@@ -94,8 +94,9 @@ class WeightedMean(Aggregator):
             tensors = dict(update.payload.tensors())
             if sums and _shapes(tensors) != _shapes(sums):
                 raise ValueError(
-                    f"{type(self).__name__} takes the mean of tensors of one shape, but {update.client} "
-                    "sent other names or shapes than the client before. Give all clients one rank."
+                    f"{type(self).__name__} takes the mean of tensors of one shape, but "
+                    f"{update.client} sent other names or shapes than the client before. Give all "
+                    "clients one rank."
                 )
             for name, tensor in tensors.items():
                 term = tensor.double() * update.weight

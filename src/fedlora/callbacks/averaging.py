@@ -57,11 +57,12 @@ class AdapterAveraging(FederatedCallback):
                 f"averaging.precision=16-mixed needs a GPU, this run is on {device_type}. Use "
                 "bf16-mixed or 32-true."
             )
-        if self.precision == "bf16-mixed" and device_type == "cuda":
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise FedloraError(
-                    "averaging.precision=bf16-mixed is not supported by this GPU. Use 16-mixed or 32-true."
-                )
+        lacking = device_type == "cuda" and not torch.cuda.is_bf16_supported(False)
+        if self.precision == "bf16-mixed" and lacking:
+            raise FedloraError(
+                "averaging.precision=bf16-mixed is not supported by this GPU. Use 16-mixed or "
+                "32-true."
+            )
 
     def setup(self, trainer: object, pl_module: LightningModule, stage: str) -> None:
         """Switch gradient checkpointing in the model on or off."""

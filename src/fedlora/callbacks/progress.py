@@ -28,8 +28,8 @@ class Progress(FederatedCallback):
     """Shows a run.
 
     Args:
-        mode: ``rich`` (a live display), ``plain`` (a line a round), ``off``, or ``auto``: ``rich`` on
-            a terminal and ``plain`` elsewhere.
+        mode: ``rich`` (a live display), ``plain`` (a line a round), ``off``, or ``auto``: ``rich``
+            on a terminal and ``plain`` elsewhere.
     """
 
     def __init__(self, mode: ProgressMode = "auto") -> None:
@@ -87,7 +87,7 @@ class Progress(FederatedCallback):
         head = lora.classifier.classifier
         total = sum(p.numel() for p in lora.classifier.clip.parameters())
         total += 0 if head is None else sum(p.numel() for p in head.parameters())
-        state = lora.state()
+        travels = lora.state().only(rounds.rule.shared(rnd)).nbytes
         sizes = sorted(client.num_samples for client in rounds.clients)
         self.table(
             {
@@ -96,8 +96,7 @@ class Progress(FederatedCallback):
                 "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
-                "traffic per client and round": f"{readable(state.only(rounds.rule.shared(rnd)).nbytes)} "
-                "each way",
+                "traffic per client and round": f"{readable(travels)} each way",
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
                 f"(median {sizes[len(sizes) // 2]})",
                 "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
@@ -110,6 +109,7 @@ class Progress(FederatedCallback):
     def conclude(self, summary: Mapping[str, Any], run: RunFolder, personal: int) -> None:
         """The summary at the end and where things are."""
         best = summary["best"]
+        up, down = readable(summary["comm/up_bytes"]), readable(summary["comm/down_bytes"])
         shown: dict[str, Any] = {
             "rounds": f"{summary['round']} ({summary['finished']})",
             **{f"zero-shot {name}": v for name, v in summary["zero_shot"].items() if "acc" in name},
@@ -118,7 +118,7 @@ class Progress(FederatedCallback):
         if best is not None:
             shown["best val/acc"] = f"{best['val/acc']:.4f} (round {best['round']})"
         shown |= {
-            "traffic": f"{readable(summary['comm/up_bytes'])} up, {readable(summary['comm/down_bytes'])} down",
+            "traffic": f"{up} up, {down} down",
             "time": f"{summary['seconds']:.1f} s",
             "adapter": str(run.adapter),
             "metrics": str(run.metrics),

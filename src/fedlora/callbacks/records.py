@@ -46,8 +46,8 @@ CLIENTS = (
 class Records(FederatedCallback):
     """Writes a run's tables.
 
-    ``clients.csv`` grows as clients end, ``metrics.csv`` is written anew from the history after each
-    round. On resume rows of rounds that will be played again are dropped.
+    ``clients.csv`` grows as clients end, ``metrics.csv`` is written anew from the history after
+    each round. On resume rows of rounds that will be played again are dropped.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:

@@ -63,8 +63,8 @@ def evaluate_clients(
     Where something stays with the clients that is their own model, elsewhere the global one.
 
     Returns:
-        ``clients/acc_mean``, ``clients/acc_min`` and ``clients/acc_std`` (over clients, each counting
-        once); None where no client has validation rows.
+        ``clients/acc_mean``, ``clients/acc_min`` and ``clients/acc_std`` (over clients, each
+        counting once); None where no client has validation rows.
     """
     personal = rule.trainable(rnd) != rule.shared(rnd)
     fabric, module = engine.loop.fabric, engine.loop.module

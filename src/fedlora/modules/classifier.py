@@ -106,7 +106,8 @@ class CLIPLoRAClassifier(LightningModule):
             keep_text_tower=self.towers == "both",
         )
         self.lora = CLIPLoRAWrapper(model, self.lora_config, towers=self.towers)
-        self.model = model
+        # CLIP is loaded in evaluation mode, which lightning.Trainer would keep while it trains.
+        self.model = model.train(self.training)
         return self.lora
 
     def forward(self, images: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class CLIPLoRAClassifier(LightningModule):
         return {"index": batch["index"], "probs": self(batch["image"]).softmax(-1)}
 
     def make_metrics(self) -> MetricCollection:
-        """Fresh metrics of an evaluation: ``acc`` and ``loss``, updated by :func:`update_metrics`."""
+        """Fresh ``acc`` and ``loss`` of an evaluation, updated by :func:`update_metrics`."""
         if self.model is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
         # Ranks are summed by the trainer, which counts each sample once.

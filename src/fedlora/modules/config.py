@@ -71,11 +71,13 @@ class LoRAConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise FedloraError(
-                    f"lora.{name} should be one of {', '.join(allowed)} but got {getattr(self, name)!r}."
+                    f"lora.{name} should be one of {', '.join(allowed)} but got "
+                    f"{getattr(self, name)!r}."
                 )
         if list(self.target_components) != ["encoder"]:
             raise FedloraError(
-                f"lora.target_components should be ['encoder'] but got {list(self.target_components)}."
+                "lora.target_components should be ['encoder'] but got "
+                f"{list(self.target_components)}."
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class LoRAWrapper:
                 parameter.requires_grad_(part in chosen)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that gradients reach, named ``A/<path>``, ``B/<path>``, ``other/<path>``."""
+        """The parameters that gradients reach, named ``A/<path>``, ``B/<path>``, ``other/…``."""
         return {
             f"{part}/{name}": parameter
             for part, parameters in self.parameters.items()
