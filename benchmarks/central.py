@@ -23,7 +23,7 @@ from lightning import Trainer, seed_everything
 def federated(args: Sequence[str], seed: int, root: Path) -> dict[str, float]:
     """Test accuracy of the federated run and of the untrained model, samples and steps."""
     built = FromConfig(
-        *args, f"--seed_everything={seed}", f"--trainer.default_root_dir={root}", "--quiet=true"
+        *args, f"--seed_everything={seed}", f"--trainer.default_root_dir={root}", "--quiet"
     )
     built.fit()
     trainer = built.trainer
@@ -90,13 +90,13 @@ def main() -> int:
             differences.append(100 * (pooled["central"] - ours["federated"]))
             print(
                 f"seed {seed}: test accuracy zero-shot {ours['zero-shot']:.4f}, federated "
-                f"{ours['federated']:.4f}, central {pooled['central']:.4f}; federated is "
-                f"{differences[-1]:+.2f} points below central ({ours['samples']:,} samples seen by "
-                f"each, in {ours['steps']:,} and {pooled['steps']:,} steps)",
+                f"{ours['federated']:.4f}, central {pooled['central']:.4f}; central minus federated"
+                f" {differences[-1]:+.2f} points. Samples seen by each {ours['samples']:,}, in "
+                f"{ours['steps']:,} federated and {pooled['steps']:,} central steps",
                 flush=True,
             )
     if len(differences) > 1:
-        print(f"mean difference: {mean(differences):+.2f} points")
+        print(f"central minus federated, mean: {mean(differences):+.2f} points")
     return 0
 
 

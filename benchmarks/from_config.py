@@ -10,7 +10,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from fedlora.arguments import complete
-from fedlora.cli import FederatedCLI
+from fedlora.cli import FederatedCLI, UsageError
 
 warnings.filterwarnings("ignore", module="lightning")
 
@@ -23,7 +23,10 @@ class FromConfig(FederatedCLI):
     """
 
     def __init__(self, *args: str) -> None:
-        super().__init__(complete(["fit", *args]))
+        try:
+            super().__init__(complete(["fit", *args]))
+        except UsageError as error:
+            raise SystemExit(str(error)) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Leave the run to the caller."""

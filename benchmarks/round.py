@@ -85,8 +85,10 @@ class BareLoop:
         preprocess, table = model.preprocess, data.source.load()
         self.images = preprocess.resize(data.source.read(range(len(table))))
         self.labels = torch.from_numpy(table.labels)
-        mean, std = (torch.tensor(x).view(3, 1, 1) for x in (preprocess.mean, preprocess.std))
-        self.scale, self.shift = 1 / (255 * std), -mean / std
+        # Float64 as in fedlora: Adam's first step is lr * sign(gradient), a last bit can turn it.
+        moments = torch.tensor([preprocess.mean, preprocess.std], dtype=torch.float64)
+        mean, std = moments.view(2, 3, 1, 1)
+        self.scale, self.shift = (1 / (255 * std)).float(), (-mean / std).float()
 
     def play(self, work: Sequence[tuple[int, Sequence[Tensor]]]) -> list[float]:
         """Train each client on its batches of rows and average.

@@ -18,7 +18,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.small_clip import NAMES, TEMPLATES, adapted, make_folder, pictures, shake
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
@@ -26,6 +25,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
 from fedlora.export import export_adapter
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.state import AdapterState, Residual
+from tests.small_clip import NAMES, TEMPLATES, adapted, make_folder, pictures, shake
 
 CLASSES = [CLIPModel, CLIPVisionModelWithProjection]
 # Raised by PEFT's constructor itself, about its own use of transformers, whatever it loads.
@@ -278,8 +278,12 @@ def test_without_lora_the_model_loads_with_transformers_alone(
 ) -> None:
     head = "text" if towers == "both" else "linear"
     lora = adapted(folder, head=head, towers=towers, enabled=False)
+    untrained = lora.state()
     shake(lora, size=0.02)
-    export_adapter(tmp_path / "adapter", lora, lora.state(), {})
+    given = lora.state()
+    lora.load(untrained)  # what is written is what is given, not what the model holds
+    export_adapter(tmp_path / "adapter", lora, given, {})
+    lora.load(given)
     assert not (tmp_path / "adapter/adapter_config.json").exists()
     with no_warning(caplog):
         model = cls.from_pretrained(tmp_path / "adapter/model").eval()

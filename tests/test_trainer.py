@@ -9,13 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger
-from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer, rows
 
 from fedlora import AdapterAveraging, FederatedTrainer, FedloraError, LoRAConfig, RoundCheckpoint
 from fedlora.aggregation import FedAvg, FedExLoRA, FedSALoRA, FFALoRA, WeightedMean
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.records import CLIENTS, METRICS
 from fedlora.checkpoint import load
+from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer, rows
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +358,7 @@ def test_an_infinite_adapter_is_noticed(tmp_path: Path) -> None:
 def test_more_clients_a_round_than_clients_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FedloraError, match=r"between 1 and 3 .*got 12"):
         fit(tmp_path, clients_per_round=12)
-    assert not list(tmp_path.glob("version_*/checkpoints/*.ckpt"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def explain(error: Exception, known: Iterable[str]) -> str:
     text = re.sub(
         r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text
     )
-    text = text.removeprefix("- ")
+    text = re.sub(r"^.*expects a function or a callable class: ", "", text)
+    text = re.sub(r"\.? Got value: Namespace\(.*", "", text).removeprefix("- ")
     text = re.sub(
         r"Expected a typing.Literal\[(.*?)\]\. Got value: (.*)",
         r"should be one of \1 but got \2",
@@ -140,13 +141,14 @@ def _class_names(base: type) -> Iterator[str]:
         for name, parameter in parameters.items():
             yield name
             for inner in _classes(parameter.annotation):
-                yield from (derived.__name__ for derived in _derived(inner))
+                yield from (below.__name__ for below in _derived(inner))
 
 
 def _derived(base: type) -> Iterator[type]:
     yield base
-    for derived in base.__subclasses__():
-        yield from _derived(derived)
+    subclasses: list[type] = base.__subclasses__()
+    for subclass in subclasses:
+        yield from _derived(subclass)
 
 
 def _classes(hint: Any) -> list[type]:

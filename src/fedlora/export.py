@@ -45,7 +45,7 @@ def export_adapter(
         if lora.config.enabled:
             _write_peft(fresh, lora, adapter)
         else:
-            _write_model(fresh / "model", lora)
+            _write_model(fresh / "model", lora, adapter)
         if lora.classifier.head == "linear":
             head = {name: tensor.contiguous() for name, tensor in _head(adapter).items()}
             save_file(head, fresh / "classifier.safetensors", metadata={"format": "pt"})
@@ -136,17 +136,17 @@ def _pad(factor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
-def _write_model(folder: Path, lora: CLIPLoRAWrapper) -> None:
+def _write_model(folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState) -> None:
     """The trained towers, as ``CLIPModel`` or, without a text tower, its vision half."""
     from transformers import CLIPVisionModelWithProjection
 
     clip = lora.classifier.clip
+    weights = {name: adapter.other.get(name, t.cpu()) for name, t in clip.state_dict().items()}
     if lora.classifier.has_text_tower:
-        clip.save_pretrained(str(folder))
+        clip.save_pretrained(str(folder), state_dict=weights)
         return
     vision_config: Any = copy(clip.config.vision_config)
     vision_config.projection_dim = clip.config.projection_dim  # some folders say it only once
     vision = CLIPVisionModelWithProjection(vision_config)
-    wanted = vision.state_dict().keys()
-    vision.load_state_dict({n: t.cpu() for n, t in clip.state_dict().items() if n in wanted})
+    vision.load_state_dict({name: weights[name] for name in vision.state_dict()})
     vision.save_pretrained(str(folder))

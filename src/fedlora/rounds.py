@@ -221,6 +221,8 @@ class Rounds:
             trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
         )
         checkpoint.save(self.run.checkpoint("last"), content)
+        self._on_disk["previous"] = self._on_disk.get("last", {})
+        self._on_disk["last"] = trainer.server.versions
 
     def keep_as_best(self) -> None:
         """Give ``last.ckpt`` a second name, ``best.ckpt``."""
@@ -229,8 +231,6 @@ class Rounds:
 
     def _prune(self, state: ServerState) -> None:
         """Forget the client states that no checkpoint on disk needs any more."""
-        self._on_disk["previous"] = self._on_disk.get("last", {})
-        self._on_disk["last"] = state.versions
         changed = [c for c, version in state.versions.items() if version == state.round_idx]
         if changed:
             self.engine.store.prune(self._on_disk.values(), changed)

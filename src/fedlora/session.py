@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -35,7 +36,9 @@ def launch(trainer: FederatedTrainer, body: Callable[[], T]) -> T:
     trainer.averaging.check_device(device)
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
-    torch.use_deterministic_algorithms(trainer.deterministic)
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     trainer.fabric = Fabric(accelerator=device, devices=1, precision=trainer.averaging.precision)
 
     def run(fabric: Fabric) -> T:
@@ -71,6 +74,7 @@ def _attach(trainer: FederatedTrainer) -> None:
 
 def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     """Start a run, or go on with one, until it is over."""
+    _check_cohort(trainer)
     run, saved = _open(trainer, ckpt_path)
     trainer.run = run
     trainer.rounds = rounds = _make_rounds(trainer, run)
@@ -153,14 +157,16 @@ def _is_over(trainer: FederatedTrainer) -> bool:
     return bool(trainer.server.finished) or trainer.server.round_idx >= trainer.max_rounds
 
 
-def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
-    clients = trainer.datamodule.clients()
-    if trainer.clients_per_round is not None and trainer.clients_per_round > len(clients):
+def _check_cohort(trainer: FederatedTrainer) -> None:
+    count = len(trainer.datamodule.clients())
+    if trainer.clients_per_round is not None and trainer.clients_per_round > count:
         raise FedloraError(
-            f"trainer.clients_per_round must be between 1 and {len(clients)} (the number of "
-            f"clients), got {trainer.clients_per_round}. Lower it or raise data.num_clients."
+            f"trainer.clients_per_round must be between 1 and {count} (the number of clients), got "
+            f"{trainer.clients_per_round}. Lower it or raise data.num_clients."
         )
 
+
+def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
     def on_start(client: Client) -> None:
         trainer.call("on_client_start", client)
 
@@ -188,7 +194,7 @@ def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
         on_start,
         on_skip if trainer.on_nonfinite == "skip" else None,
     )
-    return Rounds(trainer, run, engine, clients)
+    return Rounds(trainer, run, engine, trainer.datamodule.clients())
 
 
 def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:

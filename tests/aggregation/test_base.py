@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from rule_builders import (
+
+from fedlora.aggregation import Aggregator, FedAvg, FedExLoRA, ProductMean, product
+from fedlora.aggregation.meter import AggregationMeter
+from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Residual
+from tests.aggregation.rule_builders import (
     HEAD,
     ROUND,
     SHAPES,
@@ -21,10 +25,6 @@ from rule_builders import (
     play,
     snapshot,
 )
-
-from fedlora.aggregation import Aggregator, FedAvg, FedExLoRA, ProductMean, product
-from fedlora.aggregation.meter import AggregationMeter
-from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Residual
 
 WEIGHTS = [2, 4, 2]
 some = settings(

@@ -3,10 +3,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hypothesis import given, settings
-from rule_builders import ROUND, SHAPES, adapter, change, federations, fresh, mean, play
 
 from fedlora.aggregation import FedAvg
 from fedlora.state import AdapterState, Client, ClientUpdate
+from tests.aggregation.rule_builders import (
+    ROUND,
+    SHAPES,
+    adapter,
+    change,
+    federations,
+    fresh,
+    mean,
+    play,
+)
 
 
 def test_weights_2_4_2_by_hand():

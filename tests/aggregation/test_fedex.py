@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from rule_builders import (
+
+from fedlora.aggregation import FedAvg, FedExLoRA
+from fedlora.state import AdapterState, Client, Residual, Round
+from tests.aggregation.rule_builders import (
     HEAD,
     ROUND,
     SHAPES,
@@ -21,9 +24,6 @@ from rule_builders import (
     relative,
     residual,
 )
-
-from fedlora.aggregation import FedAvg, FedExLoRA
-from fedlora.state import AdapterState, Client, Residual, Round
 
 
 def test_by_hand():

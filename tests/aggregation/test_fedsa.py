@@ -3,10 +3,20 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hypothesis import given, settings
-from rule_builders import HEAD, ROUND, SHAPES, adapter, federations, fresh, mean, names, play
 
 from fedlora.aggregation import FedSALoRA
 from fedlora.state import PARTS, Client, Round
+from tests.aggregation.rule_builders import (
+    HEAD,
+    ROUND,
+    SHAPES,
+    adapter,
+    federations,
+    fresh,
+    mean,
+    names,
+    play,
+)
 
 
 def test_b_never_travels():

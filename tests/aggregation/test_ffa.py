@@ -3,7 +3,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 from hypothesis import given, settings
-from rule_builders import (
+
+from fedlora.aggregation import FFALoRA
+from fedlora.state import Client, Round
+from tests.aggregation.rule_builders import (
     HEAD,
     ROUND,
     SHAPES,
@@ -17,9 +20,6 @@ from rule_builders import (
     play,
     relative,
 )
-
-from fedlora.aggregation import FFALoRA
-from fedlora.state import Client, Round
 
 
 def test_a_is_bit_identical_after_five_rounds():

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rule_builders import ROUND, SHAPES, adapter, change, fresh, ideal, play
 
 from fedlora.aggregation import FedAvg, FedExLoRA, FFALoRA
 from fedlora.aggregation.meter import AggregationMeter
 from fedlora.state import AdapterState, Client, ClientUpdate, Residual
+from tests.aggregation.rule_builders import ROUND, SHAPES, adapter, change, fresh, ideal, play
 
 LAYERS = {f"layer{index}": (24, 16) for index in range(4)}
 

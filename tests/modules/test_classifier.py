@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
-from tests.small_clip import NAMES, SIZE, TEMPLATES, pictures, shake
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,6 +17,7 @@ from fedlora.errors import FedloraError
 from fedlora.modules.classifier import CLIPLoRAClassifier, update_metrics
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
+from tests.small_clip import NAMES, SIZE, TEMPLATES, pictures, shake
 
 BATCH = {
     "image": pictures(),

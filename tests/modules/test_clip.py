@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.small_clip import DIM, NAMES, TEMPLATES, VISION, pictures
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
 
 from fedlora.errors import FedloraError
 from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel
+from tests.small_clip import DIM, NAMES, TEMPLATES, VISION, pictures
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.small_clip import DIM, LAYERS, NAMES, TEXT, VISION, adapted, pictures, shake
 from transformers import CLIPConfig, CLIPModel
 
 from fedlora.errors import FedloraError
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, targets_in
 from fedlora.modules.config import LoRAConfig
 from fedlora.state import AdapterState
+from tests.small_clip import DIM, LAYERS, NAMES, TEXT, VISION, adapted, pictures, shake
 
 MLP = ["mlp.fc1", "mlp.fc2"]
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"]

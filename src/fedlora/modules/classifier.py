@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +68,7 @@ class CLIPLoRAClassifier(LightningModule):
         self.num_classes = num_classes
         self.head = head
         self.towers = towers
-        self.lora_config = lora
+        self.lora_config = replace(lora)  # the caller's own may be assigned to later
         self.optimizer = optimizer
         self.head_lr = head_lr
         self.label_smoothing = label_smoothing

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedlora.callbacks.base import FederatedCallback
+from fedlora.callbacks.progress import Progress, readable
+from tests.runs import fit, make_data, make_model, make_trainer
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (166_440, "166.44 kB"),
+        (2.5e6, "2.50 MB"),
+        (7.2e12, "7200.00 GB"),
+    ],
+)
+def test_bytes_for_people(count: float, said: str) -> None:
+    assert readable(count) == said
+
+
+def test_plain_lines_are_one_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = fit(tmp_path, max_rounds=2, progress="plain")
+    lines = capsys.readouterr().out.splitlines()
+    starts = [line.split("  ")[0] for line in lines if line.startswith("round ")]
+    assert starts == ["round 0/2", "round 1/2", "round 2/2"]
+    said = "\n".join(lines)
+    for shown in ("tiny-clip", "FedAvg", "each way", "3 a round", "zero-shot", "test/acc"):
+        assert shown in said
+    log = (trainer.run.path / "fedlora.log").read_text()
+    assert "round 2/2" in log
+
+
+def test_the_start_table_counts_what_is_trained_and_sent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, max_rounds=1, progress="plain")
+    out = capsys.readouterr().out
+    # r 4 on fc1 and fc2 of 4 blocks of (128, 512), and a head of 10 x 64 + 10, four bytes each.
+    trained = 4 * 2 * 4 * (128 + 512) + 650
+    assert f"{trained:,}" in out
+    assert readable(4 * trained) in out
+
+
+def test_the_live_display_shows_round_client_and_step(tmp_path: Path) -> None:
+    text = io.StringIO()
+
+    progress = Progress("rich")
+    progress._console = Console(file=text, force_terminal=True, width=120, highlight=False)
+    trainer = make_trainer(tmp_path, max_rounds=2)
+    trainer.hooks.callbacks[-1] = trainer.progress = progress
+    trainer.fit(make_model(), make_data())
+    shown = text.getvalue()
+    for part in ("rounds", "clients", "steps", "client 2", "1/2", "round 2/2"):
+        assert part in shown
+    assert progress._bar is None  # closed
+
+
+def test_the_display_is_closed_after_an_error(tmp_path: Path) -> None:
+    class Fails(FederatedCallback):
+        def on_client_end(self, trainer, pl_module, update) -> None:
+            raise RuntimeError("no")
+
+    trainer = make_trainer(tmp_path, callbacks=[Fails()])
+    progress = Progress("rich")
+    progress._console = Console(file=io.StringIO(), force_terminal=True)
+    trainer.hooks.callbacks[-1] = trainer.progress = progress
+    with pytest.raises(RuntimeError, match="no"):
+        trainer.fit(make_model(), make_data())
+    assert progress._bar is None
