@@ -197,8 +197,17 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
             if not torch.equal(a, b):
                 found.append(f"{name}: by {(a - b).abs().max():.1e}")
         elif a != b:
-            found.append(name if isinstance(a, bytes) else f"{name}: {a} != {b}"[:500])
+            found.append(name if isinstance(a, bytes) else f"{name}: {_first(a, b)}"[:500])
     return found
+
+
+def _first(a: Any, b: Any) -> str:
+    """What differs first between two values, of two tables the first row."""
+    if isinstance(a, list) and len(a) == len(b):
+        a, b = next((x, y) for x, y in zip(a, b, strict=True) if x != y)
+    elif isinstance(a, list):
+        a, b = f"{len(a)} rows", f"{len(b)} rows"
+    return f"{a} != {b}"
 
 
 def leftovers(root: Path) -> set[str]:

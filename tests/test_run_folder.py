@@ -202,3 +202,14 @@ def test_a_lock_that_is_let_go_can_be_taken(tmp_path):
 def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path):
     with pytest.raises(FedloraError, match=r"cannot write .*gone: No such file or directory"):
         RunFolder(tmp_path / "gone").lock()
+
+
+def test_what_a_kill_left_half_written_is_swept_away(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path)
+    left = [folder.path / ".metrics.csv.12.tmp", folder.path / "checkpoints" / ".last.ckpt.12.tmp"]
+    for path in [*left, folder.checkpoint("last"), folder.metrics]:
+        path.write_text("half")
+    folder.sweep()
+    assert not any(path.exists() for path in left)
+    assert folder.checkpoint("last").exists()
+    assert folder.metrics.exists()

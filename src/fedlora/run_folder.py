@@ -122,6 +122,12 @@ class RunFolder:
             ) from error
         self._lock = file
 
+    def sweep(self) -> None:
+        """Remove the half-written files that a kill left behind; only with the lock held."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+
     def unlock(self) -> None:
         """Let others in."""
         if self._lock is not None:

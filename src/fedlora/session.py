@@ -137,6 +137,7 @@ def _open(
             f"fit goes on from last.ckpt only, got {ckpt_path!r}. Give 'last' or the run folder."
         )
     run.lock()
+    run.sweep()
     trainer.run = run
     last, previous = run.checkpoint("last"), run.checkpoint("previous")
     if not last.exists() and not previous.exists():

@@ -126,7 +126,13 @@ class FederatedTrainer:
         self.on_nonfinite = on_nonfinite
         self.default_root_dir = Path(default_root_dir)
         chosen = list(callbacks or [])
-        if not any(isinstance(callback, RoundCheckpoint) for callback in chosen):
+        keepers = sum(isinstance(callback, RoundCheckpoint) for callback in chosen)
+        if keepers > 1:
+            raise FedloraError(
+                f"trainer.callbacks must have at most one RoundCheckpoint, got {keepers}: there is one "
+                "best.ckpt. Drop the others."
+            )
+        if not keepers:
             chosen.append(RoundCheckpoint())
         self.progress = Progress(progress)
         self.hooks = Hooks([self.averaging, Records(), *chosen, self.progress])
