@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from fedlora.arguments import complete, find_config, shipped_configs
-from fedlora.cli import main
 from fedlora.errors import FedloraError
+from fedlora.main import main
 
 QUICK = [
     "--trainer.max_rounds=1",

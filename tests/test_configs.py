@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.arguments import shipped_configs
-from fedlora.cli import main
+from fedlora.main import main
 from fedlora.modules.loading import resolve
 
 FOLDER = shipped_configs()

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from tests.runs import assert_same_bits, fingerprint, fit
 
 from fedlora import FedloraError
 from fedlora import checkpoint as checkpoints
@@ -21,6 +20,7 @@ from fedlora import export as exports
 from fedlora.aggregation import Aggregator, FedAvg, FedExLoRA, FedSALoRA
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.errors import CheckpointError
+from tests.runs import assert_same_bits, fingerprint, fit
 
 RULES = [FedAvg, FedExLoRA, FedSALoRA]
 
@@ -159,6 +159,21 @@ def test_a_polite_end_says_how_to_go_on(tmp_path: Path, number: int, code: int) 
     assert (
         checkpoints.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt").server.round_idx >= 1
     )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_end_while_python_still_imports_is_one_line_too(number: int, code: int) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "fedlora", "fit", "--ckpt_path", "last"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "numpy" in line:  # torch is being imported
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    said = [line for line in errors.splitlines() if not line.startswith("import time:")]
+    assert process.returncode == code
+    assert len(said) == 1
+    assert "fedlora fit --ckpt_path last" in said[0]
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(

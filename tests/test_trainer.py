@@ -367,7 +367,7 @@ def test_more_clients_a_round_than_clients_is_refused(tmp_path: Path) -> None:
         ({"max_rounds": 0}, "trainer.max_rounds must be at least 1, got 0"),
         ({"local_steps": 0}, "trainer.local_steps must be at least 1"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val must be above 0"),
-        ({"callbacks": [RoundCheckpoint(), RoundCheckpoint()]}, "at most one RoundCheckpoint, got 2"),
+        ({"callbacks": [RoundCheckpoint(), RoundCheckpoint()]}, "at most one RoundCheckpoint"),
         ({"devices": 2}, "this version runs on one device"),
         ({"strategy": "ddp"}, "this version runs on one device"),
     ],

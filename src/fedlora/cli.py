@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import sys
 import warnings
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -17,17 +13,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlora.arguments import complete, explain, known_names
 from fedlora.data.datamodule import FederatedDataModule
-from fedlora.errors import Terminated
+from fedlora.errors import UsageError
 from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.trainer import FederatedTrainer
 
 COMMANDS = ("fit", "validate", "test", "predict")
-# Exit codes.
-DONE, FAILED, USAGE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-
-
-class UsageError(Exception):
-    """A wrong command line."""
 
 
 class FederatedCLI(LightningCLI):
@@ -99,43 +89,15 @@ class FederatedCLI(LightningCLI):
         return trainer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command.
+def run(args: Sequence[str]) -> None:
+    """Parse a command line and run its command.
 
-    Returns:
-        0 done; 1 an error, one line on stderr (FEDLORA_DEBUG=1 adds the traceback); 2 a wrong
-        command line; 130 after Ctrl-C, 143 after SIGTERM: the run can be resumed.
+    Raises:
+        UsageError: for a wrong command line.
+        FedloraError: for input that cannot be used.
     """
     _calm()
-    signal.signal(signal.SIGTERM, _terminate)
-    args = list(sys.argv[1:] if argv is None else argv)
-    try:
-        FederatedCLI(complete(args))
-    except UsageError as error:
-        return _fail(USAGE, str(error))
-    except SystemExit as error:  # --help and --print_config end so
-        return error.code if isinstance(error.code, int) else FAILED
-    except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted. Go on with: fedlora fit --ckpt_path last")
-    except Terminated:
-        return _fail(TERMINATED, "terminated. Go on with: fedlora fit --ckpt_path last")
-    except Exception as error:  # the one place where errors become exit codes
-        if os.environ.get("FEDLORA_DEBUG"):
-            raise
-        text = " ".join(str(error).split())
-        if not isinstance(error, ValueError):
-            text = f"{type(error).__name__}: {text} (FEDLORA_DEBUG=1 shows where)"
-        return _fail(FAILED, text)
-    return DONE
-
-
-def _fail(code: int, text: str) -> int:
-    print(f"fedlora: {text}", file=sys.stderr)
-    return code
-
-
-def _terminate(_signum: int, _frame: FrameType | None) -> None:
-    raise Terminated
+    FederatedCLI(complete(args))
 
 
 def _calm() -> None:

@@ -11,5 +11,9 @@ class CheckpointError(FedloraError):
     """A checkpoint that cannot be read or does not fit."""
 
 
+class UsageError(Exception):
+    """A wrong command line; exit code 2."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived; like KeyboardInterrupt not an Exception, so that nothing swallows it."""

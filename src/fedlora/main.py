@@ -1,17 +1,74 @@
-"""The console script: what answers at once needs no heavy import."""
+"""The console script: signals and exit codes, before anything heavy is imported."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from collections.abc import Sequence
+from types import FrameType
+
+from fedlora.errors import Terminated, UsageError
+
+DONE, FAILED, USAGE = 0, 1, 2  # and 128 + the number of the signal that ended it
+RESUME = "A run that had begun goes on with: fedlora fit --ckpt_path last"
 
 
-def main() -> int:
-    """Run a command of the command line; returns its exit code."""
-    if sys.argv[1:] == ["--version"]:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 done; 1 an error, one line on stderr (FEDLORA_DEBUG=1 adds the traceback); 2 a wrong
+        command line; 130 after Ctrl-C, 143 after SIGTERM: the run can be resumed.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
         from fedlora import __version__
 
         print(f"fedlora {__version__}")
-        return 0
-    from fedlora.cli import main as run
+        return DONE
+    try:
+        _run(args)
+    except SystemExit as error:  # --help and --print_config end so
+        return error.code if isinstance(error.code, int) else FAILED
+    except (KeyboardInterrupt, Terminated) as error:
+        return _ended(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    except Exception as error:  # the one place where errors become exit codes
+        if os.environ.get("FEDLORA_DEBUG"):
+            raise
+        return _failed(error)
+    return DONE
 
-    return run()
+
+def _run(args: Sequence[str]) -> None:
+    # An exception out of a signal handler can come out of a half-done import as something else.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    from fedlora.cli import run
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminate)
+    run(args)
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """End at once: nothing has begun yet."""
+    os._exit(_ended(number))
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _ended(number: int) -> int:
+    what = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[signal.Signals(number)]
+    print(f"fedlora: {what}. {RESUME}", file=sys.stderr, flush=True)
+    return 128 + number
+
+
+def _failed(error: Exception) -> int:
+    text = " ".join(str(error).split())
+    if not isinstance(error, ValueError | UsageError):
+        text = f"{type(error).__name__}: {text} (FEDLORA_DEBUG=1 shows where)"
+    print(f"fedlora: {text}", file=sys.stderr)
+    return USAGE if isinstance(error, UsageError) else FAILED

@@ -129,8 +129,8 @@ class FederatedTrainer:
         keepers = sum(isinstance(callback, RoundCheckpoint) for callback in chosen)
         if keepers > 1:
             raise FedloraError(
-                f"trainer.callbacks must have at most one RoundCheckpoint, got {keepers}: there is one "
-                "best.ckpt. Drop the others."
+                f"trainer.callbacks must have at most one RoundCheckpoint, got {keepers}: there is "
+                "one best.ckpt. Drop the others."
             )
         if not keepers:
             chosen.append(RoundCheckpoint())
