@@ -96,18 +96,6 @@ def summary_round(path: Path) -> int | None:
         return None
 
 
-def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
-    """Write the predictions beside the checkpoint, or under the root without one."""
-    from fedlora.session import load_for_evaluation
-
-    run = load_for_evaluation(trainer, ckpt_path)
-    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = write_predictions(trainer, path)
-    trainer.progress.say(f"{count} predictions are in {path}")
-    return path
-
-
 @torch.no_grad()
 def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
     """Write ``index, label, probability`` of every picture to predict; returns how many."""

@@ -174,10 +174,15 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
     old, new = dict(_flat(saved)), dict(_flat(now))
     keys = sorted(key for key in old.keys() | new.keys() if not _is_free(key))
     return [
-        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
         for key in keys
         if old.get(key, "absent") != new.get(key, "absent")
     ]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:80]} … ({len(text)} characters)"
 
 
 def _is_free(key: str) -> bool:

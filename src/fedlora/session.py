@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fedlora import artefacts, checkpoint
+from fedlora.engines.evaluate import evaluate
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
@@ -234,10 +236,18 @@ def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> Run
     return run
 
 
+def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
+    """Write the predictions beside the checkpoint, or under the root without one."""
+    run = load_for_evaluation(trainer, ckpt_path)
+    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = artefacts.write_predictions(trainer, path)
+    trainer.progress.say(f"{count} predictions are in {path}")
+    return path
+
+
 def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
     """Metrics of the split that the trainer's stage names."""
-    from fedlora.engines.evaluate import evaluate
-
     load_for_evaluation(trainer, ckpt_path)
     model, data = trainer.lightning_module, trainer.datamodule
     testing = trainer.state.fn == TrainerFn.TESTING

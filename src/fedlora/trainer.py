@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fedlora import artefacts, session
+from fedlora import session
 from fedlora.callbacks.averaging import AdapterAveraging
 from fedlora.callbacks.checkpoint import RoundCheckpoint
 from fedlora.callbacks.progress import Progress, ProgressMode
@@ -213,7 +213,7 @@ class FederatedTrainer:
     ) -> Path:
         """Write predictions of the test pictures as CSV beside the checkpoint; returns where."""
         self._begin(TrainerFn.PREDICTING, model, datamodule)
-        return session.launch(self, lambda: artefacts.predict(self, ckpt_path))
+        return session.launch(self, lambda: session.predict(self, ckpt_path))
 
     def _begin(
         self, stage: TrainerFn, model: CLIPLoRAClassifier, datamodule: FederatedDataModule
