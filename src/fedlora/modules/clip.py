@@ -81,7 +81,6 @@ class FederatedCLIPModel(nn.Module):
         self.preprocess = ImagePreprocess.from_config(load_preprocess_config(model_name))
         self.clip = load_clip(model_name)
         self.base_sha256 = weights_sha256(self.clip)
-        self.total_parameters = sum(p.numel() for p in self.clip.parameters())
         self.logit_scale = float(self.clip.logit_scale.detach().exp())
 
         self.classifier: nn.Linear | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fedlora.errors import FedloraError
@@ -83,8 +83,3 @@ class LoRAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Every field, for JSON or YAML."""
         return {**asdict(self), "target_components": list(self.target_components)}
-
-    @classmethod
-    def field_names(cls) -> list[str]:
-        """The names of the settings."""
-        return [field.name for field in fields(cls)]
