@@ -106,9 +106,6 @@ def test_without_its_text_tower_the_model_still_works(folder: Path, images: Tens
     assert not any(name.startswith("clip.text_model") for name in small.state_dict())
     assert torch.equal(whole(images), small(images))
     assert small.base_sha256 == whole.base_sha256
-    assert small.total_parameters == whole.total_parameters
-    total = sum(p.numel() for p in CLIPModel.from_pretrained(folder).parameters())
-    assert whole.total_parameters == total
 
 
 @torch.no_grad()
