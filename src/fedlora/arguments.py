@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import yaml
+
 from fedlora.errors import FedloraError
+from fedlora.plain_config import from_plain, is_plain
 from fedlora.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -48,6 +53,22 @@ def find_config(name: str) -> str:
     )
 
 
+def _ours(path: str) -> str:
+    """A config as it is, or the content of one in the plain form mapped onto our sections."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return path  # the parser says what is wrong with it
+    if not is_plain(config):
+        return path
+    mapped = from_plain(config, path)
+    print(
+        f"{path}: model and lora are read as model.* and model.lora.*; all else keeps its default.",
+        file=sys.stderr,
+    )
+    return json.dumps(mapped)
+
+
 def complete(args: Sequence[str]) -> list[str]:
     """Find the configs that are named, and take a run's own where only its checkpoint is given."""
     done: list[str] = []
@@ -63,7 +84,7 @@ def complete(args: Sequence[str]) -> list[str]:
                 values[option] = value
             elif value:
                 configs += 1
-                value = find_config(value)
+                value = _ours(find_config(value))
             done += [option, value] if value else [option]
         else:
             done.append(arg)
