@@ -47,7 +47,7 @@ def make_folder(folder: Path) -> Path:
 def adapted(
     folder: Path, *, head: str = "linear", towers: str = "vision", **lora: object
 ) -> CLIPLoRAWrapper:
-    """A classifier with an adapter in it, rank 3 unless said; ``.classifier`` is the model."""
+    """A classifier with an adapter in it, rank 3 unless said; ``.federated`` is the model."""
     model = FederatedCLIPModel(
         str(folder),
         head=head,  # type: ignore[arg-type]
@@ -56,7 +56,7 @@ def adapted(
         keep_text_tower=towers == "both",
     )
     config = LoRAConfig(**{"r": 3, "lora_alpha": 6, "lora_dropout": 0.0, **lora})  # type: ignore[arg-type]
-    return CLIPLoRAWrapper(model, config, towers=towers)  # type: ignore[arg-type]
+    return CLIPLoRAWrapper(model, config, towers=towers).apply()  # type: ignore[arg-type]
 
 
 def shake(lora: CLIPLoRAWrapper, seed: int = 0, size: float = 0.2) -> None:

@@ -14,9 +14,18 @@ ALLOWED = {
     "state": set(),
     "sampling": {"state"},
     "errors": set(),
+    "dependencies": {"errors"},
     "files": {"errors"},
     "aggregation": {"aggregation", "state", "sampling"},
-    "modules": {"modules", "state", "sampling", "errors", "data.preprocess"},
+    "modules": {
+        "modules",
+        "state",
+        "sampling",
+        "errors",
+        "files",
+        "data.preprocess",
+        "data.pictures",
+    },
     "data": {"data", "state", "sampling", "errors"},
     "engines": {
         "engines",
@@ -28,7 +37,7 @@ ALLOWED = {
         "sampling",
         "errors",
     },
-    "callbacks": {"callbacks", "aggregation", "state", "errors", "files"},
+    "callbacks": {"callbacks", "aggregation", "state", "errors", "files", "modules.report"},
 }
 
 
@@ -87,8 +96,9 @@ def test_what_must_not_exist(path: Path) -> None:
     text = path.read_text()
     assert "weights_only=False" not in text
     assert "deepcopy(model" not in text
-    if path.name != "local.py":
-        assert ".backward(" not in text  # one local loop
+    if path.name not in ("local.py", "federated_classifier.py"):
+        # One local loop; a federated model's train_step is a step, not a loop.
+        assert ".backward(" not in text
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 
-from fedlora.arguments import complete, find_config, shipped_configs
+from fedlora.arguments import TOOLS, complete, find_config, shipped_configs
 from fedlora.errors import FedloraError
 from fedlora.main import main
 
@@ -106,6 +107,7 @@ WRONG = [
     (["fit", "--config", "clip_lora.yaml", "--data.partitioner=Dirichlet"], 2, "Did you mean DirichletPartitioner?"),
     (["fit", "--config", "clip_lora.yaml", "--data.partitioner.alpa=0.3"], 2, "Did you mean alpha?"),
     (["ft"], 2, "Did you mean fit?"),
+    (["inof"], 2, "Did you mean info?"),
     ([], 2, "subcommand"),
     (["fit", "--config", "wrong.yaml"], 2, "Did you mean model.lora.r?"),
     (["fit", "--config", "broken.yaml"], 2, "parsing"),
@@ -177,3 +179,10 @@ def test_the_module_and_the_script_are_the_same_command() -> None:
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     for name in ("fit", "validate", "test", "predict"):
         assert name in done.stdout
+    assert "info                Show how much of a model is trained" in done.stdout
+
+
+def test_every_side_tool_is_there() -> None:
+    for name, (module, description) in TOOLS.items():
+        assert callable(import_module(module).run), name
+        assert description.endswith("."), name

@@ -21,12 +21,22 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModelWithProjection
+from transformers import (
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    SiglipModel,
+    SiglipVisionModel,
+)
 
 from fedlora.export import export_adapter
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
+from fedlora.modules.config import LoRAConfig
+from fedlora.modules.lora import LoRAWrapper
 from fedlora.state import AdapterState, Residual
 from tests.small_clip import NAMES, TEMPLATES, adapted, make_folder, pictures, shake
+from tests.small_models import OwnClip, SmallResNet
+from tests.small_siglip import make_siglip
 
 CLASSES = [CLIPModel, CLIPVisionModelWithProjection]
 # Raised by PEFT's constructor itself, about its own use of transformers, whatever it loads.
@@ -90,7 +100,7 @@ def text_features(model: Any, folder: Path) -> Tensor:
 
 @torch.no_grad()
 def our_features(lora: CLIPLoRAWrapper) -> Tensor:
-    return lora.classifier.eval().encode_image(pixels())
+    return lora.federated.eval().encode_image(pixels())
 
 
 def pixels() -> Tensor:
@@ -116,7 +126,7 @@ def trained(folder: Path, residual: str = "", **settings: Any) -> CLIPLoRAWrappe
     untrained = our_features(lora)
     shake(lora)
     if residual:
-        lora.serve(residuals(lora, residual))
+        lora.served.serve(residuals(lora, residual))
     assert (our_features(lora) - untrained).abs().max() > 0.01
     return lora
 
@@ -170,7 +180,7 @@ def test_both_towers(
     torch.testing.assert_close(images, our_features(lora), atol=1e-5, rtol=0)
     scale = json.loads((tmp_path / "adapter/fedlora.json").read_text())["logit_scale"]
     with torch.no_grad():
-        logits = lora.classifier(pixels())
+        logits = lora.federated(pixels())
     torch.testing.assert_close(scale * images @ text.T, logits, atol=1e-4, rtol=1e-4)
 
 
@@ -187,7 +197,7 @@ def test_classifier_and_adapter_make_the_logits(
     features = image_features(model, (pictures(8) / 255 - mean) / std)
     logits = features @ head["weight"].T + head["bias"]
     with torch.no_grad():
-        ours = lora.classifier.eval()(pictures(8))
+        ours = lora.federated.eval()(pictures(8))
     torch.testing.assert_close(logits, ours, atol=1e-4, rtol=1e-4)
 
 
@@ -256,7 +266,7 @@ def test_the_configs_say_what_it_is(folder: Path, tmp_path: Path) -> None:
     assert (told["round"], told["rule"]) == (7, "FedAvg")
     assert (told["class_names"], told["templates"]) == (NAMES, TEMPLATES)
     assert (told["head"], told["towers"]) == ("linear", "vision")
-    assert told["base_model_sha256"] == lora.classifier.base_sha256
+    assert told["base_model_sha256"] == lora.federated.base_sha256
     assert told["preprocessing"]["size"] == 16
     assert told["lora"]["r"] == 3
 
@@ -297,7 +307,7 @@ def test_without_lora_the_model_loads_with_transformers_alone(
     )
     if towers == "both":
         with torch.no_grad():
-            ours = lora.classifier.encode_text(lora.classifier._tokenize())
+            ours = lora.federated.encode_text(lora.federated._tokenize())
         torch.testing.assert_close(text_features(model, folder), ours, atol=1e-5, rtol=0)
 
 
@@ -320,7 +330,7 @@ def test_without_lora_from_a_folder_that_names_its_width_once(
 
 def test_an_adapter_folder_is_replaced_as_a_whole(folder: Path, tmp_path: Path) -> None:
     target = tmp_path / "adapter"
-    for leftover in (target, tmp_path / "adapter.tmp", tmp_path / "adapter.old"):
+    for leftover in (target, tmp_path / ".adapter.tmp", tmp_path / ".adapter.old"):
         leftover.mkdir()
         (leftover / "stale.txt").write_text("from before")
     for number in (1, 2):
@@ -341,7 +351,196 @@ def test_a_failing_export_leaves_the_old_folder(
 ) -> None:
     lora = adapted(folder)
     export_adapter(tmp_path / "adapter", lora, lora.state(), {"round": 1})
-    monkeypatch.setattr("fedlora.export.asdict", lambda _: 1 / 0)
+    monkeypatch.setattr("fedlora.export.sha256", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export_adapter(tmp_path / "adapter", lora, lora.state(), {"round": 2})
     assert json.loads((tmp_path / "adapter/fedlora.json").read_text())["round"] == 1
+
+
+# What is not ours.
+
+
+def exported(target: Path, lora: LoRAWrapper) -> tuple[set[str], dict[str, Any]]:
+    """The files in the folder, and what fedlora.json tells."""
+    export_adapter(target, lora, lora.state(), {})
+    names = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    return names, json.loads((target / "fedlora.json").read_text())
+
+
+PEFT_FILES = {"adapter_config.json", "adapter_model.safetensors", "fedlora.json"}
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_an_object_of_somebody_elses_class(
+    bias: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    thing = OwnClip(folder)
+    config = LoRAConfig(r=3, lora_dropout=0.0, bias=bias)  # type: ignore[arg-type]
+    lora = CLIPLoRAWrapper(thing, config).apply()
+    shake(lora)
+    files, told = exported(tmp_path / "adapter", lora)
+    assert files == PEFT_FILES | {"other.safetensors"}
+    head = load_file(tmp_path / "adapter/other.safetensors")
+    assert set(head) == {"head.weight", "head.bias"}
+    plain = OwnClip(folder)
+    plain.backbone = load_peft(CLIPModel, folder, tmp_path / "adapter", caplog)
+    plain.load_state_dict(head, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(pixels()), thing(pixels()), atol=1e-4, rtol=1e-4)
+    ours = adapted(folder, towers="both").federated
+    assert told["base_model_sha256"] == ours.base_sha256
+    assert told["base_model"] == str(folder)
+    counts = told["counts"]
+    assert counts["exchanged"] == sum(t.numel() for t in thing.lora_wrapper.exchanged().values())
+    assert told["bytes"] == 4 * counts["exchanged"]
+    assert counts["total"] == sum(p.numel() for p in OwnClip(folder).parameters())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_resnet_in_peft_alone(
+    residual: bool, bias: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Convolutions, and running statistics that moved in training."""
+    model = SmallResNet()
+    config = LoRAConfig(r=2, lora_alpha=6, lora_dropout=0.0, bias=bias)  # type: ignore[arg-type]
+    lora = LoRAWrapper(model, config, targets=["conv", "block.conv"]).apply()
+    shake(lora)
+    images = torch.randn(5, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    model.train()(3 * images + 1)
+    model.eval()
+    if residual:
+        lora.served.serve(residuals_of(lora))
+    with torch.no_grad():
+        expected = model(images)
+    files, told = exported(tmp_path / "adapter", lora)
+    assert files == PEFT_FILES | {"other.safetensors"} | (
+        {"residual.safetensors"} if residual else set()
+    )
+    statistics = {f"{n}.running_{what}" for n in ("bn", "block.bn") for what in ("mean", "var")}
+    assert set(load_file(tmp_path / "adapter/other.safetensors")) == statistics
+    assert told["base_model"] == "SmallResNet"
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    r = 2 + 1 if residual else 2
+    assert tensors["base_model.model.block.conv.lora_A.weight"].shape == (r, 8, 3, 3)
+    assert tensors["base_model.model.block.conv.lora_B.weight"].shape == (8, r, 1, 1)
+    caplog.clear()
+    with no_warning(caplog):
+        loaded = PeftModel.from_pretrained(SmallResNet(), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=1e-5)
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(merged(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def residuals_of(lora: LoRAWrapper) -> dict[str, Residual]:
+    return {
+        name: Residual(0.1 * torch.ones(len(W), 1), 0.1 * torch.ones(1, W.shape[1]))
+        for name, W in lora.base_weights().items()
+    }
+
+
+def test_peft_adapts_no_layer_whose_name_only_ends_alike(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To PEFT "conv" means "block.conv" too, which has groups and so is not adapted by us."""
+
+    def grouped() -> SmallResNet:
+        model = SmallResNet()
+        torch.manual_seed(3)
+        model.block.conv = torch.nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+        return model.eval()
+
+    lora = LoRAWrapper(grouped(), LoRAConfig(r=2, lora_dropout=0.0), targets=["conv"]).apply()
+    assert list(lora.layers) == ["conv"]
+    shake(lora)
+    exported(tmp_path / "adapter", lora)
+    with no_warning(caplog):
+        loaded = PeftModel.from_pretrained(grouped(), tmp_path / "adapter").eval()
+    assert type(loaded.base_model.model.block.conv) is torch.nn.Conv2d
+    images = torch.randn(5, 3, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), lora.model(images))
+
+
+@pytest.mark.parametrize("components", [["encoder", "classifier"], ["classifier"]])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_head_with_lora_is_written_as_it_is_served(
+    components: list[str], residual: bool, folder: Path, tmp_path: Path
+) -> None:
+    lora = adapted(folder, target_components=components)
+    shake(lora)
+    state, base = lora.state(), lora.base_weights()["classifier"].clone()
+    if residual:
+        lora.served.serve(residuals_of(lora))
+        state = lora.state()
+    files, told = exported(tmp_path / "adapter", lora)
+    head = load_file(tmp_path / "adapter/classifier.safetensors")
+    assert set(head) == {"weight", "bias", "base_weight", "lora_A", "lora_B"}
+    assert torch.equal(head["base_weight"], base)
+    assert torch.equal(head["lora_A"], state.A["classifier"])
+    assert torch.equal(head["lora_B"], state.B["classifier"])
+    s = state.scaling["classifier"]
+    weight = base.double() + s * state.B["classifier"].double() @ state.A["classifier"].double()
+    if residual:
+        weight += 0.01
+    torch.testing.assert_close(head["weight"], weight.float(), atol=1e-6, rtol=1e-6)
+    features = our_features(lora)
+    with torch.no_grad():
+        logits = lora.federated(pixels())
+    torch.testing.assert_close(
+        features @ head["weight"].T + head["bias"], logits, atol=1e-4, rtol=1e-4
+    )
+    assert told["head_lora"]["layer"] == "classifier"
+    if components == ["classifier"]:
+        assert "adapter_config.json" not in files
+        assert "adapter_model.safetensors" not in files
+    else:
+        tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+        assert tensors
+        assert not any("classifier" in name for name in tensors)
+
+
+@pytest.mark.parametrize("towers", ["vision", "both"])
+def test_siglip(towers: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = make_siglip(tmp_path / "siglip")
+    lora = trained(base, towers=towers, head="text")
+    exported(tmp_path / "adapter", lora)
+    model = load_peft(SiglipModel, base, tmp_path / "adapter", caplog)
+    with torch.no_grad():
+        features = normalize(model.vision_model(pixel_values=pixels()).pooler_output, dim=-1)
+    torch.testing.assert_close(features, our_features(lora), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("towers", "cls"), [("vision", SiglipVisionModel), ("both", SiglipModel)])
+def test_siglip_without_lora(towers: str, cls: Any, tmp_path: Path) -> None:
+    base = make_siglip(tmp_path / "siglip")
+    lora = adapted(base, towers=towers, head="text", enabled=False)
+    shake(lora, size=0.02)
+    exported(tmp_path / "adapter", lora)
+    model = cls.from_pretrained(tmp_path / "adapter/model").eval()
+    with torch.no_grad():
+        tower = model if towers == "vision" else model.vision_model
+        features = normalize(tower(pixel_values=pixels()).pooler_output, dim=-1)
+    torch.testing.assert_close(features, our_features(lora), atol=1e-5, rtol=0)
+
+
+def test_without_lora_what_is_not_transformers(folder: Path, tmp_path: Path) -> None:
+    thing = OwnClip(folder)
+    lora = CLIPLoRAWrapper(thing, LoRAConfig(enabled=False)).apply()
+    shake(lora, size=0.02)
+    exported(tmp_path / "own", lora)
+    head = load_file(tmp_path / "own/other.safetensors")
+    assert set(head) == {"head.weight", "head.bias"}
+    assert torch.equal(head["head.weight"], thing.head.weight)
+    loaded = CLIPModel.from_pretrained(tmp_path / "own/model").state_dict()
+    assert all(torch.equal(t, loaded[n]) for n, t in thing.backbone.state_dict().items())
+    model = SmallResNet()
+    lora = LoRAWrapper(model, LoRAConfig(enabled=False)).apply()
+    shake(lora)
+    files, _ = exported(tmp_path / "resnet", lora)
+    assert files == {"model/model.safetensors", "fedlora.json"}
+    floats = model.state_dict()
+    written = load_file(tmp_path / "resnet/model/model.safetensors")
+    assert written.keys() == floats.keys()
+    assert all(torch.equal(t, written[n]) for n, t in floats.items())

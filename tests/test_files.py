@@ -5,6 +5,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +17,10 @@ from safetensors.torch import save_file
 from fedlora.errors import FedloraError
 from fedlora.files import (
     clear_os_errors,
+    present,
     sha256,
     swapped_folder,
+    sweep,
     write_atomically,
     write_json,
     write_text,
@@ -206,7 +210,7 @@ def test_a_first_folder(tmp_path):
 
 
 def test_what_a_kill_left_is_cleared(folder):
-    for name in ("adapter.tmp", "adapter.old"):
+    for name in (".adapter.tmp", ".adapter.old"):
         (folder.parent / name).mkdir()
         (folder.parent / name / "left.txt").write_text("x")
     with swapped_folder(folder) as fresh:
@@ -265,3 +269,63 @@ def test_what_a_folder_holds_is_flushed(folder, monkeypatch):
         (fresh / "deep").mkdir()
         shutil.copy(folder / "old.txt", fresh / "deep" / "two.txt")
     assert len(flushed) == 2
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from fedlora.files import swapped_folder
+rename, left = Path.rename, int(sys.argv[2])
+def dies(self, target):
+    global left
+    if left == 0:
+        os._exit(9)
+    left -= 1
+    return rename(self, target)
+Path.rename = dies
+with swapped_folder(Path(sys.argv[1])) as fresh:
+    (fresh / "new.txt").write_text("new")
+    if left < 0:
+        os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("renames", [-1, 0, 1])
+@pytest.mark.parametrize("how", ["present", "sweep", "swap"])
+def test_a_kill_leaves_the_old_or_the_new(folder, renames, how):
+    """While it is written (-1), before the old one is moved (0), between the renames (1)."""
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(renames)], check=False)
+    assert done.returncode == 9
+    assert folder.exists() == (renames < 1)
+    assert entries(present(folder)) == ["old.txt"]
+    if how == "sweep":
+        sweep(folder.parent)
+        assert entries(folder) == ["old.txt"]
+        assert entries(folder.parent) == ["adapter"]
+    if how == "swap":
+        with swapped_folder(folder) as fresh:
+            assert entries(fresh) == []
+            assert entries(folder) == ["old.txt"]
+            (fresh / "newer.txt").write_text("x")
+        assert entries(folder) == ["newer.txt"]
+        assert entries(folder.parent) == ["adapter"]
+
+
+def test_an_old_version_is_not_brought_back_over_a_new_one(folder):
+    old = folder.with_name(".adapter.old")
+    old.mkdir()
+    assert present(folder) == folder
+    sweep(folder.parent)
+    assert entries(folder) == ["old.txt"]
+    assert entries(folder.parent) == ["adapter"]
+
+
+@pytest.mark.parametrize("name", ["a.tmp", "a.old", "a"])
+def test_names_that_look_like_leftovers_stand_in_nobodys_way(tmp_path, name):
+    for other in ("a", "a.tmp", "a.old"):
+        (tmp_path / other).mkdir()
+    with swapped_folder(tmp_path / name) as fresh:
+        (fresh / "new.txt").write_text("new")
+    sweep(tmp_path)
+    assert entries(tmp_path) == ["a", "a.old", "a.tmp"]
+    assert entries(tmp_path / name) == ["new.txt"]

@@ -213,3 +213,14 @@ def test_what_a_kill_left_half_written_is_swept_away(tmp_path: Path) -> None:
     assert not any(path.exists() for path in left)
     assert folder.checkpoint("last").exists()
     assert folder.metrics.exists()
+
+
+def test_an_adapter_whose_swap_was_killed_comes_back(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path)
+    for name in (".adapter.old", ".adapter.tmp", "adapters/.3.old"):
+        (folder.path / name).mkdir(parents=True)
+    (folder.path / ".adapter.old" / "fedlora.json").write_text("{}")
+    folder.sweep()
+    assert (folder.adapter / "fedlora.json").exists()
+    assert [path.name for path in (folder.path / "adapters").iterdir()] == ["3"]
+    assert not any(path.name.startswith(".") for path in folder.path.iterdir())

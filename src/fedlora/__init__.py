@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 # Public name -> module; imported when first used, so that `import fedlora` stays cheap.
@@ -16,16 +15,28 @@ _NAMES = {
     "FederatedTrainer": "fedlora.trainer",
     "FedloraError": "fedlora.errors",
     "LoRAConfig": "fedlora.modules.config",
+    "LoRAConfigManager": "fedlora.store",
+    "LoRAModelManager": "fedlora.store",
+    "LoRAWrapper": "fedlora.modules.lora",
+    "ParameterReport": "fedlora.modules.report",
     "RoundCheckpoint": "fedlora.callbacks.checkpoint",
+    "create_model": "fedlora.modules.factory",
+    "quick_clip_lora": "fedlora.modules.factory",
 }
 __all__ = ["__version__", *sorted(_NAMES)]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("fedlora")
     if name not in _NAMES:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    if name != "FedloraError":  # all others need the packages underneath
+        from fedlora.dependencies import check
+
+        check()
     return getattr(import_module(_NAMES[name]), name)
 
 

@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from fedlora.errors import FedloraError
-from fedlora.plain_config import from_plain, is_plain
+from fedlora.modules.plain_config import from_plain, is_plain
 from fedlora.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
+
+# Commands beside LightningCLI's: name -> (the module whose run(args) it is, what it does).
+TOOLS = {
+    "info": ("fedlora.tools.info", "Show how much of a model is trained and how much travels."),
+}
 
 
 def shipped_configs() -> Path:

@@ -29,6 +29,7 @@ FREE = (
     "trainer.logger",
     "trainer.progress",
     "trainer.default_root_dir",
+    "model.adapter",  # where a run started from: its checkpoint has all that came of it
     "ckpt_path",
     "config",
     "quiet",

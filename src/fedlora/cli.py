@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedlora.arguments import complete, explain, known_names
+from fedlora.arguments import TOOLS, complete, explain, known_names
 from fedlora.data.datamodule import FederatedDataModule
 from fedlora.errors import UsageError
 from fedlora.modules.classifier import CLIPLoRAClassifier
@@ -44,6 +44,13 @@ class FederatedCLI(LightningCLI):
         """The commands, and the arguments of their methods that are made from the sections."""
         return {name: {"model", "datamodule"} for name in COMMANDS}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Name the side tools in the help beside the commands; they run without this class."""
+        super()._add_subcommands(parser, **kwargs)
+        commands: Any = parser._subcommands_action
+        for name, (_, description) in TOOLS.items():
+            commands.add_subcommand(name, ArgumentParser(), help=description)
+
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections ``trainer``, ``model`` and ``data``."""
         parser.add_class_arguments(FederatedTrainer, "trainer", instantiate=False)
@@ -64,7 +71,9 @@ class FederatedCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except ArgumentError as error:
             command = next((arg for arg in args if arg in COMMANDS), None)
-            known = known_names(self._subcommand_parsers[command]) if command else set(COMMANDS)
+            known = (
+                known_names(self._subcommand_parsers[command]) if command else {*COMMANDS, *TOOLS}
+            )
             raise UsageError(explain(error, known)) from error
 
     def _parse_ckpt_path(self) -> None:

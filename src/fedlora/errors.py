@@ -11,6 +11,10 @@ class CheckpointError(FedloraError):
     """A checkpoint that cannot be read or does not fit."""
 
 
+class DependencyError(FedloraError, ImportError):
+    """A package that fedlora is built on is missing or too old."""
+
+
 class UsageError(Exception):
     """A wrong command line; exit code 2."""
 

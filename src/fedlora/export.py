@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from copy import copy
-from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,85 +13,145 @@ import torch
 from torch import Tensor
 
 from fedlora.files import sha256, swapped_folder
+from fedlora.modules import families
+from fedlora.modules.clip import FederatedCLIPModel
+from fedlora.modules.fit import heads
+from fedlora.modules.peft_files import PREFIX, WEIGHTS
+from fedlora.modules.saved import ABOUT, CLASSIFIER, FORMAT, OTHER, RESIDUAL
 from fedlora.state import AdapterState
 
 if TYPE_CHECKING:
-    from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
-
-FORMAT = 1
-PEFT_PREFIX = "base_model.model."  # how PEFT names what is inside its PeftModel
+    from fedlora.modules.lora import LoRAWrapper
 
 
 def export_adapter(
-    folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState, about: Mapping[str, Any]
+    folder: Path, lora: LoRAWrapper, adapter: AdapterState, about: Mapping[str, Any]
 ) -> None:
     """Write an adapter, replacing ``folder`` as a whole.
 
-    With LoRA: PEFT's two files; without: the trained towers in ``model/``, as transformers writes
-    them. Beside them the head in ``classifier.safetensors`` and ``fedlora.json``.
+    With LoRA: PEFT's two files; without: the trained model in ``model/``, as transformers writes
+    it. Beside them what those do not know:
+
+    - ``classifier.safetensors``: a head that is part of a FederatedCLIPModel or has LoRA, as it is
+      served (``weight``, ``bias``); with LoRA also ``base_weight``, ``lora_A``, ``lora_B``.
+    - ``other.safetensors``: all else that is learned, under its own name.
+    - ``residual.safetensors``: with a residual, factors and residual apart. PEFT's file holds
+      their sum, from which they cannot be had back.
+    - ``fedlora.json``: what the adapter belongs to, and the hashes of all other files.
 
     Args:
         folder: the folder to replace.
-        lora: the model that the adapter belongs to.
+        lora: the model that the adapter belongs to; applied, and on.
         adapter: the global adapter, residual included.
         about: what ``fedlora.json`` says besides (round, rule …).
 
     Raises:
         FedloraError: when it cannot be written; ``folder`` is then as it was.
     """
-    from safetensors.torch import save_file
-
+    report = lora.report()
+    described = lora.describe()
     with swapped_folder(folder) as fresh:
+        rest = dict(adapter.other)
+        head = _write_head(fresh / CLASSIFIER, lora, adapter, rest)
         if lora.config.enabled:
-            _write_peft(fresh, lora, adapter)
+            known = _write_peft(fresh, lora, adapter, described["base_model"])
         else:
-            _write_model(fresh / "model", lora, adapter)
-        if lora.classifier.head == "linear":
-            head = {name: tensor.contiguous() for name, tensor in _head(adapter).items()}
-            save_file(head, fresh / "classifier.safetensors", metadata={"format": "pt"})
+            known = _write_model(fresh / "model", lora.model, adapter)
+        _save(fresh / OTHER, {name: t for name, t in rest.items() if name not in known})
         files = sorted(path for path in fresh.rglob("*") if path.is_file())
-        model = lora.classifier
         content = {
             "format": FORMAT,
+            "fedlora": version("fedlora"),
             **about,
-            "base_model": model.model_name,
-            "base_model_sha256": model.base_sha256,
-            "towers": lora.towers,
-            "head": model.head,
-            "class_names": model.class_names,
-            "templates": model.templates,
-            "logit_scale": model.logit_scale,
-            "preprocessing": asdict(model.preprocess),
+            **described,
             "lora": lora.config.to_dict(),
-            "sha256": {str(path.relative_to(fresh)): sha256(path) for path in files},
+            **({"head_lora": head} if head else {}),
+            "counts": {
+                "total": report.total,
+                "adapter": report.adapter,
+                "full": report.full,
+                "exchanged": report.exchanged,
+            },
+            "bytes": report.exchanged_nbytes,
+            "sha256": {path.relative_to(fresh).as_posix(): sha256(path) for path in files},
         }
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        (fresh / "fedlora.json").write_text(text + "\n", encoding="utf-8")
+        (fresh / ABOUT).write_text(text + "\n", encoding="utf-8")
 
 
-def _head(adapter: AdapterState) -> dict[str, Tensor]:
-    prefix = "classifier."
-    return {n.removeprefix(prefix): t for n, t in adapter.other.items() if n.startswith(prefix)}
-
-
-def _write_peft(folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState) -> None:
-    from peft import LoraConfig
+def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    factors = {name: _factors(adapter, name) for name in adapter.A}
+    if tensors:
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, file, metadata={"format": "pt"})
+
+
+def _write_head(
+    file: Path, lora: LoRAWrapper, adapter: AdapterState, rest: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Write the head as it is served, and take it out of ``rest``.
+
+    Returns:
+        What ``fedlora.json`` says of a head that has LoRA.
+    """
+    adapted = heads(lora)
+    federated: Any = getattr(lora, "federated", None)
+    ours = isinstance(federated, FederatedCLIPModel) and federated.classifier is not None
+    if not adapted and not ours:
+        return {}
+    name = adapted[0] if adapted else "classifier"
+    layer: Any = lora.layers[name].get_base_layer() if adapted else federated.classifier
+    now = {"weight": layer.weight, "bias": layer.bias}
+    head = {key: value.detach().cpu() for key, value in now.items() if value is not None}
+    learned = {key: rest.pop(f"{name}.{key}") for key in head if f"{name}.{key}" in rest}
+    head |= learned
+    if not adapted:
+        _save(file, head)
+        return {}
+    A, B, base = adapter.A[name], adapter.B[name], lora.served.pristine(name).cpu()
+    served = base.double() + adapter.scaling[name] * (B.double() @ A.double())
+    if name in adapter.residual:
+        served += adapter.residual[name].to(torch.float64).dense()
+    head["weight"] = served.to(base.dtype)
+    _save(file, {**head, "base_weight": base, "lora_A": A, "lora_B": B})
+    return {
+        "layer": name,
+        "r": A.shape[0],
+        "scaling": adapter.scaling[name],
+        "bias_learned": "bias" in learned,
+    }
+
+
+def _write_peft(
+    folder: Path, lora: LoRAWrapper, adapter: AdapterState, base_model: str
+) -> frozenset[str]:
+    """Write PEFT's two files; returns the names in ``other`` that are at home in them."""
+    from peft import LoraConfig
+
+    beside = heads(lora)
+    factors = {name: _factors(adapter, name) for name in adapter.A if name not in beside}
+    if adapter.residual:
+        _save(folder / RESIDUAL, _apart(adapter))
+    if not factors:
+        return frozenset()
     r = max(A.shape[0] for A, _ in factors.values())
     config = lora.config
     served = bool(adapter.residual)
     tensors = {}
     for name, (A, B) in factors.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _pad(A, r, 0)
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _pad(B, r, 1)
-    for name, tensor in adapter.other.items():
-        if not name.startswith("classifier."):  # biases
-            # PEFT wraps an adapted layer, and ignores the bias under its plain name silently.
-            layer = name.removesuffix(".bias")
-            name = f"{layer}.base_layer.bias" if layer in factors else name
-            tensors[f"{PEFT_PREFIX}{name}"] = tensor.contiguous()
+        kernel = lora.layers[name].get_base_layer().weight.shape[2:]
+        A, B = _pad(A, r, 0), _pad(B, r, 1)
+        if kernel:  # PEFT's factors of a convolution: A has the kernel, B is one by one
+            A, B = A.view(r, -1, *kernel), B.view(*B.shape, *(1 for _ in kernel))
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = A
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = B
+    inside = _inside(lora, adapter)
+    for name, tensor in inside.items():
+        # PEFT wraps an adapted layer, and ignores the bias under its plain name silently.
+        layer = name.removesuffix(".bias")
+        name = f"{layer}.base_layer.bias" if layer in factors else name
+        tensors[f"{PREFIX}{name}"] = tensor
     LoraConfig(
         r=r,
         # With a residual the scaling is inside the factors: alpha = r scales by 1.
@@ -99,21 +159,56 @@ def _write_peft(folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState) -> N
         use_rslora=False if served else config.use_rslora,
         lora_dropout=config.lora_dropout,
         bias=config.bias,
-        target_modules=sorted(factors),
-        base_model_name_or_path=lora.classifier.model_name,
+        target_modules=_targets(lora, list(factors)),
+        base_model_name_or_path=base_model,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _save(folder / WEIGHTS, tensors)
+    return frozenset(n for n in inside if config.bias != "none" and n.endswith("bias"))
+
+
+def _inside(lora: LoRAWrapper, adapter: AdapterState) -> dict[str, Tensor]:
+    """What else is learned inside the model that PEFT knows.
+
+    PEFT's own settings speak of biases only, but it loads whatever its file holds: with running
+    statistics and layers trained in full in it too, PEFT alone predicts the same.
+    """
+    own = {id(tensor) for tensor in lora.model.state_dict(keep_vars=True).values()}
+    learned = lora.exchanged()
+    return {n: t for n, t in adapter.other.items() if n in learned and id(learned[n]) in own}
+
+
+def _targets(lora: LoRAWrapper, names: list[str]) -> list[str] | str:
+    """``target_modules`` that match these layers only: PEFT compares the ends of names."""
+    paths = [path for path, _ in lora.model.named_modules() if path not in names]
+    if any(path.endswith(f".{name}") for path in paths for name in names):
+        return "|".join(re.escape(name) for name in names)  # a string must match in full
+    return sorted(names)
+
+
+def _apart(adapter: AdapterState) -> dict[str, Tensor]:
+    """Factors, scaling and residual of each layer, as they are."""
+    tensors = {}
+    for name in adapter.A:
+        tensors[f"{name}.lora_A"] = adapter.A[name]
+        tensors[f"{name}.lora_B"] = adapter.B[name]
+        tensors[f"{name}.scaling"] = torch.tensor(adapter.scaling[name], dtype=torch.float64)
+        residual = adapter.residual.get(name)
+        if residual is not None:
+            tensors[f"{name}.U"] = residual.U
+            if residual.V is not None:
+                tensors[f"{name}.V"] = residual.V
+    return tensors
 
 
 def _factors(adapter: AdapterState, name: str) -> tuple[Tensor, Tensor]:
     """A and B of one layer; with a residual such that B A is all that is served beside W0."""
     A, B = adapter.A[name], adapter.B[name]
     if not adapter.residual:
-        return A.contiguous(), B.contiguous()
+        return A, B
     scaled = B.double() * adapter.scaling[name]
     if name not in adapter.residual:
-        return A.contiguous(), scaled.float()
+        return A, scaled.float()
     residual = adapter.residual[name].to(torch.float64)
     stacked = A.shape[0] + residual.U.shape[1]
     if residual.V is not None and stacked < min(residual.shape):
@@ -136,17 +231,19 @@ def _pad(factor: Tensor, rank: int, dim: int) -> Tensor:
     return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
-def _write_model(folder: Path, lora: CLIPLoRAWrapper, adapter: AdapterState) -> None:
-    """The trained towers, as ``CLIPModel`` or, without a text tower, its vision half."""
-    from transformers import CLIPVisionModelWithProjection
+def _write_model(folder: Path, model: Any, adapter: AdapterState) -> frozenset[str]:
+    """Write the trained model, or its vision half where the text tower was dropped.
 
-    clip = lora.classifier.clip
-    weights = {name: adapter.other.get(name, t.cpu()) for name, t in clip.state_dict().items()}
-    if lora.classifier.has_text_tower:
-        clip.save_pretrained(str(folder), state_dict=weights)
-        return
-    vision_config: Any = copy(clip.config.vision_config)
-    vision_config.projection_dim = clip.config.projection_dim  # some folders say it only once
-    vision = CLIPVisionModelWithProjection(vision_config)
-    vision.load_state_dict({name: weights[name] for name in vision.state_dict()})
-    vision.save_pretrained(str(folder))
+    Returns:
+        The names in ``other`` that are in it.
+    """
+    weights = {name: adapter.other.get(name, t.cpu()) for name, t in model.state_dict().items()}
+    two_towers = hasattr(getattr(model, "config", None), "vision_config")
+    if two_towers and not families.has_text_tower(model):
+        families.vision_only(model, weights).save_pretrained(str(folder))
+    elif hasattr(model, "save_pretrained"):
+        model.save_pretrained(str(folder), state_dict=weights)
+    else:
+        folder.mkdir()
+        _save(folder / "model.safetensors", weights)
+    return frozenset(weights)

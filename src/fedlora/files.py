@@ -30,8 +30,8 @@ def clear_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise FedloraError(
-            f"cannot write {path}: {reason}. Free space or choose another folder with "
-            "--trainer.default_root_dir; what was written before is whole."
+            f"cannot write {path}: {reason}. Free space or choose another folder (of runs: "
+            "--trainer.default_root_dir); what was written before is whole."
         ) from error
     except (RuntimeError, SafetensorError) as error:
         if not _WRITE_FAILED.search(str(error)):
@@ -86,33 +86,70 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def swapped_folder(folder: Path) -> Iterator[Path]:
-    """A fresh folder ``<name>.tmp`` that takes the place of ``folder`` when it is complete.
+    """A fresh folder that takes the place of ``folder`` when it is complete.
+
+    Hidden names beside it, ``.<name>.tmp`` and ``.<name>.old``, so that they stand in no other
+    folder's way. A kill leaves the old folder or the new one; between the two renames the old one
+    has its hidden name, under which :func:`present` finds it and :func:`sweep` brings it back.
 
     Raises:
         FedloraError: when it cannot be written; ``folder`` is then as it was before.
     """
-    fresh, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    fresh = folder.with_name(f".{folder.name}.tmp")
     with clear_os_errors(folder):
-        shutil.rmtree(fresh, ignore_errors=True)
+        recover(folder)
+        _remove(fresh)
         try:
             fresh.mkdir(parents=True)
             yield fresh
             for path in fresh.rglob("*"):
                 if path.is_file():
                     flush(path)
-            _swap(fresh, folder, old)
+            _swap(fresh, folder)
         finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            _remove(fresh)
 
 
-def _swap(fresh: Path, folder: Path, old: Path) -> None:
-    shutil.rmtree(old, ignore_errors=True)
+def _swap(fresh: Path, folder: Path) -> None:
+    old = _old(folder)
+    _remove(old)
     if folder.exists():
         folder.rename(old)
     try:
         fresh.rename(folder)
     except OSError:
-        if old.exists():
-            old.rename(folder)
+        recover(folder)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def present(folder: Path) -> Path:
+    """Where a swapped folder is: itself, or its old version after a kill between two renames."""
+    old = _old(folder)
+    return old if old.is_dir() and not folder.exists() else folder
+
+
+def recover(folder: Path) -> None:
+    """Give the old version its name back where the new one never took it."""
+    if present(folder) != folder:
+        _old(folder).rename(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away in ``folder`` what a kill left half-done; only where nobody else writes."""
+    for old in folder.glob(".*.old"):
+        recover(old.with_name(old.name[1 : -len(".old")]))
+        _remove(old)
+    for path in folder.glob(".*.tmp"):
+        _remove(path)

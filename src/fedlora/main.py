@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from types import FrameType
 
 from fedlora.errors import Terminated, UsageError
@@ -44,11 +46,25 @@ def _run(args: Sequence[str]) -> None:
     # An exception out of a signal handler can come out of a half-done import as something else.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)
-    from fedlora.cli import run
+    from fedlora.dependencies import check
 
+    check()
+    run = _command(args)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
-    run(args)
+    run()
+
+
+def _command(args: Sequence[str]) -> Callable[[], None]:
+    """What to run, imported: a side tool, or the rest of the command line, with Lightning."""
+    from fedlora.arguments import TOOLS
+
+    if args and args[0] in TOOLS:
+        tool = import_module(TOOLS[args[0]][0])
+        return partial(tool.run, args[1:])
+    from fedlora.cli import run
+
+    return partial(run, args)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

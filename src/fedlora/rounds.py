@@ -74,7 +74,7 @@ class Rounds:
         self.identity: dict[str, Any] = {
             "seed": trainer.seed,
             "rule": _class_path(self.rule),
-            "base_model_sha256": engine.lora.classifier.base_sha256,
+            "base_model_sha256": engine.lora.federated.base_sha256,
             "class_names": list(engine.data.class_names),
             "client_samples": [client.num_samples for client in clients],
             "scaling": dict(engine.lora.scaling),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from fedlora.errors import CheckpointError, FedloraError
-from fedlora.files import clear_os_errors, write_text
+from fedlora.files import clear_os_errors, sweep, write_text
 
 VERSION = re.compile(r"^version_(\d+)$")
 CHECKPOINTS = ("last", "previous", "best")
@@ -123,10 +123,9 @@ class RunFolder:
         self._lock = file
 
     def sweep(self) -> None:
-        """Remove the half-written files that a kill left behind; only with the lock held."""
-        for folder in (self.path, self.path / "checkpoints"):
-            for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+        """Remove what a kill left half-written; only with the lock held."""
+        for folder in (self.path, self.path / "checkpoints", self.path / "adapters"):
+            sweep(folder)
 
     def unlock(self) -> None:
         """Let others in."""

@@ -79,6 +79,8 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     _check_cohort(trainer)
     run, saved = _open(trainer, ckpt_path)
     trainer.run = run
+    if ckpt_path is not None and saved is None:  # left out while there might be a checkpoint
+        trainer.lightning_module.start_from_adapter()
     trainer.rounds = rounds = _make_rounds(trainer, run)
     trainer.server = ServerState(AdapterState())
     if saved is not None:

@@ -148,6 +148,7 @@ class FederatedTrainer:
         # What Lightning's callbacks read.
         self.lightning_module: CLIPLoRAClassifier
         self.datamodule: FederatedDataModule
+        self.ckpt_path: str | None = None
         self.callback_metrics: dict[str, Tensor] = {}
         self.should_stop = False
         self.state = SimpleNamespace(fn=TrainerFn.FITTING)
@@ -182,7 +183,7 @@ class FederatedTrainer:
         Raises:
             FedloraError: for input that cannot be used; one line that says what to do.
         """
-        self._begin(TrainerFn.FITTING, model, datamodule)
+        self._begin(TrainerFn.FITTING, model, datamodule, ckpt_path)
         session.launch(self, lambda: session.fit(self, ckpt_path))
 
     def validate(
@@ -192,7 +193,7 @@ class FederatedTrainer:
         ckpt_path: str | None = None,
     ) -> dict[str, float]:
         """Evaluate on the server's validation split; without ``ckpt_path`` the untrained model."""
-        self._begin(TrainerFn.VALIDATING, model, datamodule)
+        self._begin(TrainerFn.VALIDATING, model, datamodule, ckpt_path)
         return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def test(
@@ -202,7 +203,7 @@ class FederatedTrainer:
         ckpt_path: str | None = None,
     ) -> dict[str, float]:
         """Evaluate on the test split; without ``ckpt_path`` the untrained model."""
-        self._begin(TrainerFn.TESTING, model, datamodule)
+        self._begin(TrainerFn.TESTING, model, datamodule, ckpt_path)
         return session.launch(self, lambda: session.evaluated(self, ckpt_path))
 
     def predict(
@@ -212,13 +213,18 @@ class FederatedTrainer:
         ckpt_path: str | None = None,
     ) -> Path:
         """Write predictions of the test pictures as CSV beside the checkpoint; returns where."""
-        self._begin(TrainerFn.PREDICTING, model, datamodule)
+        self._begin(TrainerFn.PREDICTING, model, datamodule, ckpt_path)
         return session.launch(self, lambda: session.predict(self, ckpt_path))
 
     def _begin(
-        self, stage: TrainerFn, model: CLIPLoRAClassifier, datamodule: FederatedDataModule
+        self,
+        stage: TrainerFn,
+        model: CLIPLoRAClassifier,
+        datamodule: FederatedDataModule,
+        ckpt_path: str | None,
     ) -> None:
         self.state.fn = stage
+        self.ckpt_path = ckpt_path
         self.lightning_module, self.datamodule = model, datamodule
 
     def num_batches(self, client: Client) -> int:

@@ -14,9 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from fedlora.data.datamodule import FederatedDataModule
 from fedlora.errors import FedloraError
-from fedlora.modules.classifier import CLIPLoRAClassifier, update_metrics
+from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
+from fedlora.modules.metrics import update_metrics
+from fedlora.modules.recomputation import set_gradient_checkpointing
 from tests.small_clip import NAMES, SIZE, TEMPLATES, pictures, shake
 
 BATCH = {
@@ -163,7 +165,7 @@ def test_gradients_with_checkpointing_equal_those_without(
         lora.layers[name].register_forward_hook(lambda *_, name=name: calls.append(name))
 
     def gradients(checkpointing: bool, key: int = 3) -> dict[str, Tensor]:
-        module.model.set_gradient_checkpointing(checkpointing)
+        set_gradient_checkpointing(module.model, checkpointing)
         module.zero_grad()
         calls.clear()
         lora.set_dropout_key(key, 1)

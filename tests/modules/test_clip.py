@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from fedlora.errors import FedloraError
 from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel
+from fedlora.modules.recomputation import set_gradient_checkpointing
 from tests.small_clip import DIM, NAMES, TEMPLATES, VISION, pictures
 
 
@@ -135,11 +136,11 @@ def test_checkpointing_can_be_switched_on_and_off(folder: Path, images: Tensor) 
         return len(calls)
 
     assert count() == 1
-    model.set_gradient_checkpointing(True)
+    set_gradient_checkpointing(model, True)
     assert count() == 2
     model.eval()
     assert count() == 1  # nothing to save where there is no training
-    model.train().set_gradient_checkpointing(False)
+    set_gradient_checkpointing(model.train(), False)
     assert count() == 1
 
 

@@ -7,7 +7,8 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from fedlora.errors import FedloraError
-from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, targets_in
+from fedlora.modules.clip_targets import targets_in
+from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
 from fedlora.state import AdapterState
 from tests.small_clip import DIM, LAYERS, NAMES, TEXT, VISION, adapted, pictures, shake
@@ -109,8 +110,8 @@ def test_every_lora_tensor_gets_a_gradient(
 ) -> None:
     lora = adapted(folder, head=head, towers=towers, placement=placement)
     shake(lora)
-    lora.classifier.train()
-    logits = lora.classifier(pictures())
+    lora.federated.train()
+    logits = lora.federated(pictures())
     torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 0])).backward()
     trained = lora.trainable()
     per_block = {"mlp": 2, "attention": 4, "all": 6}[placement]
@@ -121,12 +122,12 @@ def test_every_lora_tensor_gets_a_gradient(
 
 def test_a_text_tower_that_is_trained_moves_the_classes(folder: Path) -> None:
     lora = adapted(folder, head="text", towers="both")
-    assert not lora.classifier.text_frozen
-    before = lora.classifier(pictures())
+    assert not lora.federated.text_frozen
+    before = lora.federated(pictures())
     B = {n: torch.ones_like(t) for n, t in lora.state().B.items() if n.startswith("text_model.")}
     lora.load(AdapterState(B=B))
-    assert not torch.allclose(lora.classifier(pictures()), before)
-    assert adapted(folder, head="text", towers="vision").classifier.text_frozen
+    assert not torch.allclose(lora.federated(pictures()), before)
+    assert adapted(folder, head="text", towers="vision").federated.text_frozen
 
 
 def test_a_linear_head_travels_and_a_text_head_does_not(folder: Path) -> None:
@@ -139,9 +140,9 @@ def test_a_linear_head_travels_and_a_text_head_does_not(folder: Path) -> None:
 
 
 def test_target_components_may_be_given_as_an_argument(folder: Path) -> None:
-    model = adapted(folder, enabled=False).classifier
+    model = adapted(folder, enabled=False).federated
     config = LoRAConfig(r=2)
-    lora = CLIPLoRAWrapper(model, config, target_components=["encoder"], towers="vision")
+    lora = CLIPLoRAWrapper(model, config, target_components=["encoder"], towers="vision").apply()
     assert set(lora.layers) == names("vision", MLP)
     with pytest.raises(FedloraError, match=r"lora\.target_components"):
         CLIPLoRAWrapper(model, config, target_components=["decoder"])
@@ -152,17 +153,17 @@ def test_switched_off_vision_trains_what_the_picture_goes_through(folder: Path) 
     vision = {n for n, _ in clip.named_parameters() if n.startswith("vis")}
     lora = adapted(folder, enabled=False)
     assert set(lora.state().other) == vision | {"classifier.weight", "classifier.bias"}
-    lora.classifier(pictures()).sum().backward()
+    lora.federated(pictures()).sum().backward()
     assert [n for n, p in lora.trainable().items() if p.grad is None] == []
-    assert not lora.classifier.clip.logit_scale.requires_grad
+    assert not lora.federated.clip.logit_scale.requires_grad
 
 
 def test_switched_off_with_both_towers_trains_all(folder: Path) -> None:
     lora = adapted(folder, head="text", towers="both", enabled=False)
     clip = CLIPModel.from_pretrained(folder)
     assert set(lora.state().other) == {n for n, _ in clip.named_parameters()}
-    assert not lora.classifier.text_frozen
-    lora.classifier(pictures()).sum().backward()
+    assert not lora.federated.text_frozen
+    lora.federated(pictures()).sum().backward()
     # The scale is a constant of the head.
     assert [n for n, p in lora.trainable().items() if p.grad is None] == ["other/logit_scale"]
 

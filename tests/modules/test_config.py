@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -30,9 +31,29 @@ from fedlora.modules.config import LoRAConfig
         (
             "target_components",
             ["decoder"],
-            "lora.target_components should be ['encoder'] but got ['decoder'].",
+            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got "
+            "['decoder'].",
         ),
-        ("target_components", [], "lora.target_components should be ['encoder'] but got []."),
+        (
+            "target_components",
+            [],
+            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got [].",
+        ),
+        (
+            "target_components",
+            "encoder",
+            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got "
+            "'encoder'.",
+        ),
+        ("enabled", "yes", "lora.enabled must be true or false, got 'yes'."),
+        ("r", True, "lora.r must be a whole number from 1, got True."),
+        ("lora_alpha", "32", "lora.lora_alpha must be above 0, got '32'."),
+        (
+            "target_modules",
+            "fc1",
+            "lora.target_modules must be a list of names or null, got 'fc1'.",
+        ),
+        ("layers", [0, "1"], "lora.layers must be a list of whole numbers or null, got [0, '1']."),
     ],
 )
 def test_each_wrong_setting_is_named(field: str, value: object, message: str) -> None:
@@ -69,6 +90,23 @@ def test_for_clip_model_is_the_mlp_of_every_block() -> None:
     assert (config.placement, config.layers, config.target_modules) == ("mlp", None, None)
     config = LoRAConfig.for_clip_model(r=2, lora_alpha=3)
     assert (config.r, config.lora_alpha) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("preset", "r", "alpha"),
+    [
+        (LoRAConfig.small, 8, 16),
+        (LoRAConfig.medium, 16, 32),
+        (LoRAConfig.large, 32, 64),
+        (LoRAConfig.for_classification_head, 8, 16),
+    ],
+)
+def test_presets(preset: Callable[[], LoRAConfig], r: int, alpha: float) -> None:
+    config = preset()
+    config.validate()
+    assert (config.r, config.lora_alpha) == (r, alpha)
+    head = preset == LoRAConfig.for_classification_head
+    assert list(config.target_components) == ["classifier" if head else "encoder"]
 
 
 def test_to_dict_is_json_and_makes_an_equal_config() -> None:

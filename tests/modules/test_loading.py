@@ -12,13 +12,17 @@ import pytest
 import torch
 
 from fedlora.errors import FedloraError
+from fedlora.modules.families import SUPPORTED_TEXT
 from fedlora.modules.loading import (
+    empty_clip,
     load_clip,
+    load_config,
     load_preprocess_config,
     load_tokenizer,
     resolve,
     weights_sha256,
 )
+from tests.small_siglip import make_siglip
 
 LOADERS = [load_clip, load_tokenizer, load_preprocess_config]
 
@@ -27,6 +31,12 @@ LOADERS = [load_clip, load_tokenizer, load_preprocess_config]
 def copy(folder: Path, tmp_path: Path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random SigLIP on disk; never written to."""
+    return make_siglip(tmp_path_factory.mktemp("siglip") / "small")
 
 
 def line(load: Callable[[str], object], name: str | Path) -> str:
@@ -87,6 +97,7 @@ def test_a_missing_folder(load: Callable[[str], object], name: str) -> None:
     ("load", "file", "reason"),
     [
         (load_clip, "config.json", "config.json"),
+        (empty_clip, "config.json", "config.json"),
         (load_clip, "model.safetensors", "no file named model.safetensors"),
         (load_tokenizer, "tokenizer*.json", "tokenizer.json"),
         (load_preprocess_config, "preprocessor_config.json", "no preprocessor_config.json"),
@@ -141,13 +152,74 @@ def test_weights_that_do_not_fit_the_config(
     assert "LOAD REPORT" not in "".join(capfd.readouterr())
 
 
-def test_another_kind_of_model(copy: Path) -> None:
-    edit(copy / "config.json", model_type="bert")
-    assert line(load_clip, copy) == (
-        f"model_name '{copy}' is a 'bert' model; supported: clip. Choose a CLIP model."
+@pytest.mark.parametrize("load", [load_clip, load_config, empty_clip])
+@pytest.mark.parametrize("kind", ["bert", "siglip2", "clip_vision_model"])
+def test_another_kind_of_model(load: Callable[[str], object], kind: str, copy: Path) -> None:
+    edit(copy / "config.json", model_type=kind)
+    assert line(load, copy) == (
+        f"model_name '{copy}' is a '{kind}' model; supported: {SUPPORTED_TEXT}. Choose one of "
+        "these."
     )
+
+
+def test_a_kind_of_model_that_transformers_does_not_know(copy: Path) -> None:
     edit(copy / "config.json", model_type="nonsense")
     assert "nonsense" in line(load_clip, copy)
+
+
+def test_a_bert_folder(tmp_path: Path) -> None:
+    from transformers import BertConfig
+
+    BertConfig().save_pretrained(tmp_path)
+    assert f"is a 'bert' model; supported: {SUPPORTED_TEXT}" in line(load_config, tmp_path)
+
+
+def test_a_siglip_folder_loads(siglip: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import SiglipModel
+
+    model = load_clip(str(siglip))
+    assert isinstance(model, SiglipModel)
+    assert not model.training
+    weights, loaded = load_file(siglip / "model.safetensors"), model.state_dict()
+    assert weights.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert load_config(str(siglip)).text_config.max_position_embeddings == 24
+    assert load_preprocess_config(str(siglip))["size"] == {"height": 16, "width": 16}
+
+
+def test_a_siglip_without_a_pooling_head(siglip: Path, tmp_path: Path) -> None:
+    shutil.copytree(siglip, tmp_path / "copy")
+    vision = json.loads((siglip / "config.json").read_text())["vision_config"]
+    edit(tmp_path / "copy/config.json", vision_config=vision | {"vision_use_head": False})
+    for load in (load_clip, load_config, empty_clip):
+        assert "has no pooling head (vision_use_head is false" in line(load, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("family", ["folder", "siglip"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_empty_model_needs_only_its_config(
+    family: str, dtype: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    from safetensors.torch import load_file
+
+    full: Path = request.getfixturevalue(family)
+    shutil.copy(full / "config.json", tmp_path)
+    vision = json.loads((full / "config.json").read_text())["vision_config"]
+    edit(tmp_path / "config.json", dtype=dtype, vision_config=vision | {"dtype": dtype})
+    random = torch.get_rng_state()
+    model = empty_clip(str(tmp_path))
+    assert torch.equal(torch.get_rng_state(), random)
+    tensors = [*model.parameters(), *model.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    # As many numbers as transformers wrote into the file, under the same names.
+    saved = load_file(full / "model.safetensors")
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: t.shape for n, t in saved.items()
+    }
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -32,7 +32,7 @@ def make(head: nn.Module | None = None, **config: object) -> LoRAWrapper:
     torch.manual_seed(0)
     settings = {"r": 2, "lora_alpha": 6, "lora_dropout": 0.0} | config
     other = {} if head is None else {f"head.{n}": p for n, p in head.named_parameters()}
-    return LoRAWrapper(Net(), LoRAConfig(**settings), TARGETS, other)  # type: ignore[arg-type]
+    return LoRAWrapper(Net(), LoRAConfig(**settings), TARGETS, other).apply()  # type: ignore[arg-type]
 
 
 def shaken(state: AdapterState, seed: int = 0) -> AdapterState:
@@ -207,10 +207,10 @@ def test_a_residual_is_served_beside_the_pristine_weight() -> None:
     lora = make()
     W0 = weight(lora, "block.fc1")
     R = torch.randn(7, 5)
-    lora.serve({"block.fc1": Residual(R)})
+    lora.served.serve({"block.fc1": Residual(R)})
     assert torch.equal(weight(lora, "block.fc1"), W0 + R)
     assert torch.equal(lora.state().residual["block.fc1"].dense(), R)
-    lora.serve({})
+    lora.served.serve({})
     assert torch.equal(weight(lora, "block.fc1"), W0)
     assert lora.state().residual == {}
 
@@ -218,8 +218,8 @@ def test_a_residual_is_served_beside_the_pristine_weight() -> None:
 def test_thin_and_dense_serve_the_same() -> None:
     U, V = torch.randn(7, 2), torch.randn(2, 5)
     thin, dense = make(), make()
-    thin.serve({"block.fc1": Residual(U, V)})
-    dense.serve({"block.fc1": Residual(U @ V)})
+    thin.served.serve({"block.fc1": Residual(U, V)})
+    dense.served.serve({"block.fc1": Residual(U @ V)})
     assert torch.equal(weight(thin, "block.fc1"), weight(dense, "block.fc1"))
 
 
@@ -232,18 +232,18 @@ def test_ten_rounds_of_changing_residuals_do_not_drift() -> None:
         residual = {n: Residual(torch.randn(s) * 10.0 ** (i % 5)) for n, s in shapes.items()}
         if i % 3 == 2:
             del residual["block.fc2"]
-        lora.serve(residual)
+        lora.served.serve(residual)
         for name in TARGETS:
             R = residual[name].dense() if name in residual else torch.zeros(shapes[name])
             assert torch.equal(weight(lora, name), W0[name] + R)
-    lora.serve({})
+    lora.served.serve({})
     assert all(torch.equal(weight(lora, name), W0[name]) for name in TARGETS)
 
 
 def test_an_adapter_without_a_residual_takes_the_old_one_away() -> None:
     lora = make()
     W0, state = weight(lora, "block.fc1"), lora.state()
-    lora.serve({"block.fc1": Residual(torch.ones(7, 5))})
+    lora.served.serve({"block.fc1": Residual(torch.ones(7, 5))})
     lora.load(state)
     assert torch.equal(weight(lora, "block.fc1"), W0)
 

@@ -66,9 +66,11 @@ class AdapterAveraging(FederatedCallback):
 
     def setup(self, trainer: object, pl_module: LightningModule, stage: str) -> None:
         """Switch gradient checkpointing in the model on or off."""
-        model = getattr(pl_module, "model", None)
-        if model is not None:
-            model.set_gradient_checkpointing(self.gradient_checkpointing)
+        lora = getattr(pl_module, "lora", None)
+        if lora is not None and self.gradient_checkpointing:
+            lora.enable_gradient_checkpointing()
+        elif lora is not None:
+            lora.disable_gradient_checkpointing()
 
     def average(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round

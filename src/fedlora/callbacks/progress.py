@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.callbacks.base import FederatedCallback, Row
+from fedlora.modules.report import readable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -84,15 +85,15 @@ class Progress(FederatedCallback):
             for parameter in lora.parameters[part].values()
         )
         adapters = sum(p.numel() for part in ("A", "B") for p in lora.parameters[part].values())
-        head = lora.classifier.classifier
-        total = sum(p.numel() for p in lora.classifier.clip.parameters())
+        head = lora.federated.classifier
+        total = sum(p.numel() for p in lora.federated.clip.parameters())
         total += 0 if head is None else sum(p.numel() for p in head.parameters())
         travels = lora.state().only(rounds.rule.shared(rnd)).nbytes
         sizes = sorted(client.num_samples for client in rounds.clients)
         self.table(
             {
-                "model": f"{lora.classifier.model_name}, {lora.classifier.head} head, "
-                f"{lora.classifier.num_classes} classes",
+                "model": f"{lora.federated.model_name}, {lora.federated.head} head, "
+                f"{lora.federated.num_classes} classes",
                 "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
@@ -224,12 +225,3 @@ class Progress(FederatedCallback):
         if self._bar:
             self._bar.stop()
             self._bar = None
-
-
-def readable(count: float) -> str:
-    """Bytes for people: 1,234,000 -> "1.23 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1000
-    raise AssertionError  # the last unit always returns

@@ -79,7 +79,7 @@ class ImagePreprocess:
         return cls(size, crop, mean, std, _RESAMPLE[config["resample"]])
 
     def resize(self, images: Tensor) -> Tensor:
-        """Bring pictures to the model's size; within 2/255 of what PIL makes of them.
+        """Bring pictures to the model's size; within 2/255 of what PIL makes of them, width first.
 
         Args:
             images: (n, C, H, W) or (C, H, W), uint8, on the CPU; C is 1 (grey) or 3 (RGB).

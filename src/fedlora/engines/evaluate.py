@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedlora.modules.classifier import update_metrics
+from fedlora.modules.metrics import update_metrics
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric

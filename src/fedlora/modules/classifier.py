@@ -12,8 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
-from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.errors import FedloraError
@@ -21,6 +20,8 @@ from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel, Head
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, Towers
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.loading import load_preprocess_config
+from fedlora.modules.metrics import make_metrics
+from fedlora.modules.saved import load_adapter
 
 Batch = Mapping[str, Tensor]
 
@@ -42,6 +43,7 @@ class CLIPLoRAClassifier(LightningModule):
         optimizer: makes the optimizer from parameter groups.
         head_lr: learning rate of the head; None takes the optimizer's.
         label_smoothing: of the training loss, in [0, 1).
+        adapter: a folder with a PEFT adapter to start from.
 
     Raises:
         FedloraError: for a wrong setting; for a model that cannot be had, once it is built.
@@ -57,6 +59,7 @@ class CLIPLoRAClassifier(LightningModule):
         optimizer: OptimizerCallable = AdamW,
         head_lr: float | None = None,
         label_smoothing: float = 0.0,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         lora.validate()
@@ -72,6 +75,7 @@ class CLIPLoRAClassifier(LightningModule):
         self.optimizer = optimizer
         self.head_lr = head_lr
         self.label_smoothing = label_smoothing
+        self.adapter = adapter
         self.model: FederatedCLIPModel | None = None
         self.lora: CLIPLoRAWrapper | None = None
 
@@ -91,7 +95,11 @@ class CLIPLoRAClassifier(LightningModule):
     def build(
         self, class_names: Iterable[str] | None, templates: Iterable[str] | None = None
     ) -> CLIPLoRAWrapper:
-        """Load CLIP, make the head and inject the adapter."""
+        """Load CLIP, make the head and inject the adapter; start from ``adapter`` if there is one.
+
+        A trainer that goes on from a checkpoint has all that is learned there: the folder of
+        ``adapter`` may be gone then.
+        """
         names = None if class_names is None else list(class_names)
         if names is not None and self.num_classes not in (None, len(names)):
             raise FedloraError(
@@ -106,10 +114,21 @@ class CLIPLoRAClassifier(LightningModule):
             templates=list(templates or DEFAULT_TEMPLATES),
             keep_text_tower=self.towers == "both",
         )
-        self.lora = CLIPLoRAWrapper(model, self.lora_config, towers=self.towers)
+        self.lora = CLIPLoRAWrapper(model, self.lora_config, towers=self.towers).apply()
+        if getattr(self._trainer, "ckpt_path", None) is None:
+            self.start_from_adapter()
         # CLIP is loaded in evaluation mode, which lightning.Trainer would keep while it trains.
         self.model = model.train(self.training)
         return self.lora
+
+    def start_from_adapter(self) -> None:
+        """Load the adapter that ``adapter`` names into the model; nothing without one.
+
+        Raises:
+            FedloraError: where it is no adapter, is damaged or does not fit.
+        """
+        if self.adapter is not None and self.lora is not None:
+            load_adapter(self.adapter, self.lora)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float."""
@@ -141,17 +160,10 @@ class CLIPLoRAClassifier(LightningModule):
         return {"index": batch["index"], "probs": self(batch["image"]).softmax(-1)}
 
     def make_metrics(self) -> MetricCollection:
-        """Fresh ``acc`` and ``loss`` of an evaluation, updated by :func:`update_metrics`."""
+        """Fresh ``acc`` and ``loss`` of an evaluation."""
         if self.model is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
-        # Ranks are summed by the trainer, which counts each sample once.
-        accuracy = MulticlassAccuracy(
-            num_classes=self.model.num_classes, average="micro", sync_on_compute=False
-        )
-        return MetricCollection(
-            {"acc": accuracy, "loss": MeanMetric(sync_on_compute=False).set_dtype(torch.float64)},
-            compute_groups=False,
-        )
+        return make_metrics(self.model.num_classes)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, the head apart so that it has its own learning rate."""
@@ -172,12 +184,6 @@ class CLIPLoRAClassifier(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What logs the steps' figures under ``lightning.Trainer``."""
         return [StepLogger()]
-
-
-def update_metrics(metrics: MetricCollection, step: Mapping[str, Tensor]) -> None:
-    """Count one batch of :meth:`CLIPLoRAClassifier.validation_step`."""
-    metrics["acc"].update(step["logits"], step["label"])
-    metrics["loss"].update(step["losses"].double())
 
 
 class StepLogger(Callback):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from os import PathLike, fspath
 from typing import Any, Literal
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.errors import FedloraError
+from fedlora.modules import families
+from fedlora.modules.federated_classifier import FederatedClassifier
 from fedlora.modules.loading import (
     load_clip,
     load_preprocess_config,
@@ -25,6 +29,8 @@ def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str]
     """The number of classes, when all that says it agrees."""
     if head not in ("linear", "text"):
         raise FedloraError(f"head should be one of linear, text but got {head!r}.")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes is True):
+        raise FedloraError(f"num_classes must be a whole number, got {num_classes!r}.")
     if num_classes is None and class_names is None:
         raise FedloraError("num_classes is needed where there are no class_names. Give one.")
     count = len(class_names or ()) if num_classes is None else num_classes
@@ -40,8 +46,11 @@ def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str]
     return count
 
 
-class FederatedCLIPModel(nn.Module):
-    """CLIP with a classification head.
+class FederatedCLIPModel(FederatedClassifier):
+    """CLIP (or SigLIP) with a classification head and a federated interface.
+
+    ``get_parameters``, ``set_parameters``, ``train_step`` and ``evaluate`` work on the whole model;
+    wrapped by :class:`~fedlora.CLIPLoRAWrapper` they work on the adapter and the head.
 
     Heads: ``linear``, a linear layer on the normalised image features, which starts as the
     zero-shot classifier where class names are known (as in WiSE-FT, arXiv 2109.01903, section 3)
@@ -62,79 +71,94 @@ class FederatedCLIPModel(nn.Module):
 
     def __init__(
         self,
-        model_name: str = "openai/clip-vit-base-patch32",
+        model_name: str | PathLike[str] = "openai/clip-vit-base-patch32",
         num_classes: int | None = None,
         head: Head = "linear",
         class_names: Sequence[str] | None = None,
         templates: Sequence[str] = DEFAULT_TEMPLATES,
         keep_text_tower: bool = True,
     ) -> None:
-        super().__init__()
         count = _num_classes(num_classes, head, class_names)
+        if not isinstance(model_name, str | PathLike):
+            raise FedloraError(f"model_name must be a name or a path, got {model_name!r}.")
+        model_name = fspath(model_name)
         if not templates:
             raise FedloraError("templates must be at least one prompt, got none. Leave them out.")
+        preprocess = ImagePreprocess.from_config(load_preprocess_config(model_name))
+        super().__init__(preprocess, count)
         self.model_name = model_name
-        self.num_classes = count
         self.head = head
         self.class_names = None if class_names is None else list(class_names)
         self.templates = list(templates)
-        self.preprocess = ImagePreprocess.from_config(load_preprocess_config(model_name))
         self.clip = load_clip(model_name)
         self.base_sha256 = weights_sha256(self.clip)
-        self.logit_scale = float(self.clip.logit_scale.detach().exp())
+        self.logit_scale = families.logit_scale(self.clip)
 
         self.classifier: nn.Linear | None = None
+        # The text head's class features while the text tower stands still; None: made each time.
         self.text_features: Tensor | None
-        self.text_frozen = True  # whoever trains the text tower says so here
         self.register_buffer("text_features", None, persistent=False)
         self._prompts: dict[str, Tensor] = {}
         if class_names is not None:
-            tokens = self._tokenize()
-            with torch.no_grad():
-                self.text_features = self.encode_text(tokens)
-            if head == "text" and keep_text_tower:
-                self._prompts = tokens
+            self._prompts = self._tokenize()
         if head == "linear":
-            self.classifier = nn.Linear(int(self.clip.visual_projection.out_features), count)
-            nn.init.zeros_(self.classifier.bias)
-            with torch.no_grad():
-                if self.text_features is None:
-                    self.classifier.weight.zero_()
-                else:  # the scale inside the weight: round 0 answers with CLIP's own probabilities
-                    self.classifier.weight.copy_(self.logit_scale * self.text_features)
-            self.text_features = None
+            self.classifier = self._linear_head()
+            self._prompts = {}
         if not keep_text_tower:
-            del self.clip.text_model, self.clip.text_projection
+            self.freeze_text(True)
+            families.drop_text_tower(self.clip)
+            self._prompts = {}
+
+    def _linear_head(self) -> nn.Linear:
+        head = nn.Linear(families.feature_dim(self.clip), self.num_classes)
+        nn.init.zeros_(head.bias)
+        with torch.no_grad():
+            if self._prompts:
+                # The scale inside the weight: round 0 answers with CLIP's own probabilities.
+                head.weight.copy_(self.logit_scale * self.encode_text(self._prompts))
+            else:
+                head.weight.zero_()
+        return head
 
     @property
     def has_text_tower(self) -> bool:
         """Whether the text tower is still there."""
-        return hasattr(self.clip, "text_model")
+        return families.has_text_tower(self.clip)
+
+    @property
+    def uses_text_tower(self) -> bool:
+        """Whether the head reads the text tower; else gradients never reach it."""
+        return self.head == "text"
+
+    @property
+    def text_frozen(self) -> bool:
+        """Whether the class features of the text head are kept."""
+        return self.text_features is not None
+
+    @torch.no_grad()
+    def freeze_text(self, frozen: bool) -> None:
+        """Keep the text head's class features, or make them anew each time.
+
+        Whoever trains the text tower, or stops to, says so here.
+        """
+        if self._prompts:
+            self.text_features = self.encode_text(self._prompts) if frozen else None
 
     def _tokenize(self) -> dict[str, Tensor]:
-        """Every class in every template, padded to the longest: (classes * templates, length)."""
-        tokenizer = load_tokenizer(self.model_name)
+        """Every class in every template: (classes * templates, length)."""
         prompts = [t.format(name) for name in self.class_names or () for t in self.templates]
-        text_config: Any = self.clip.config.text_config
-        limit = text_config.max_position_embeddings
-        encoded = tokenizer(
-            prompts, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-        )
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+        return families.tokenise(self.clip, load_tokenizer(self.model_name), prompts)
 
-    def encode_text(self, tokens: dict[str, Tensor]) -> Tensor:
+    def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
         """One normalised embedding per class, the average over templates: (classes, dim)."""
-        device = self.clip.logit_scale.device
-        tokens = {key: value.to(device) for key, value in tokens.items()}
-        pooled = self.clip.text_model(**tokens).pooler_output
-        features = nn.functional.normalize(self.clip.text_projection(pooled), dim=-1)
+        tokens = {key: value.to(self.device) for key, value in tokens.items()}
+        features = families.text_features(self.clip, tokens)
         features = features.view(-1, len(self.templates), features.shape[-1]).mean(1)
         return nn.functional.normalize(features, dim=-1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         """Normalised image features: (n, 3, H, W) float -> (n, dim)."""
-        pooled = self.clip.vision_model(pixel_values=pixels).pooler_output
-        return nn.functional.normalize(self.clip.visual_projection(pooled), dim=-1)
+        return families.image_features(self.clip, pixels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits.
@@ -147,21 +171,34 @@ class FederatedCLIPModel(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = self.preprocess.normalise(images)
-        features = self.encode_image(images)
+        features = self.encode_image(images.to(self.clip.dtype))
         if self.classifier is not None:
             logits: Tensor = self.classifier(features)
             return logits.float()
-        # A trained text tower has moved: its prompts are encoded anew. A frozen one has not.
-        text = self.text_features if self.text_frozen else self.encode_text(self._prompts)
-        if text is None:  # the constructor makes them wherever the head is "text"
-            raise FedloraError("the text head has no class prompts.")
+        text = self.text_features
+        if text is None:
+            text = self.encode_text(self._prompts)
         return self.logit_scale * (features @ text.T.to(features.dtype)).float()
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations of each block in the backward pass (training mode only)."""
-        verb = "enable" if enabled else "disable"
-        # The first name came during transformers 5, the second goes with version 6.
-        method = getattr(self.clip, f"activation_checkpointing_{verb}", None)
-        method = method or getattr(self.clip, f"gradient_checkpointing_{verb}")
-        # The re-entrant form needs inputs that require gradients; a frozen base has none.
-        method(*([{"use_reentrant": False}] if enabled else []))
+    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`get_parameters` gave, and start with a fresh optimizer.
+
+        Raises:
+            FedloraError: names every value that is missing, unknown, of another shape or type or
+                not finite; nothing is changed then.
+        """
+        super().set_parameters(parameters)
+        if self.text_frozen and any(name.startswith("clip.text_") for name in parameters):
+            self.freeze_text(True)
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved adapter must say about the model, besides the adapter: JSON."""
+        return {
+            "base_model": self.model_name,
+            "base_model_sha256": self.base_sha256,
+            "head": self.head,
+            "class_names": self.class_names,
+            "templates": self.templates,
+            "logit_scale": self.logit_scale,
+            "preprocessing": asdict(self.preprocess),
+        }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from fedlora.errors import FedloraError
 
 Placement = Literal["mlp", "attention", "all"]
 Bias = Literal["none", "all", "lora_only"]
+COMPONENTS = ("encoder", "classifier")
 
 
 @dataclass
@@ -23,12 +25,14 @@ class LoRAConfig:
         lora_dropout: dropout on the adapter's input, in [0, 1).
         target_modules: module names; None infers them from the model and ``placement``.
         bias: which biases are trained too, as in PEFT.
-        save_only_trainable: exchange and save only what is trained.
-        placement: which linear layers of a block are adapted: "mlp" (fc1, fc2), "attention"
+        save_only_trainable: exchange and save only what is trained; False means everything.
+        placement: which linear layers of a CLIP block are adapted: "mlp" (fc1, fc2), "attention"
             (q, k, v, out) or "all" six.
         layers: which blocks are adapted, from 0, negative from the end; None means all.
         use_rslora: scale by lora_alpha / sqrt(r) (rank-stabilised LoRA, arXiv 2312.03732).
-        target_components: parts of the classifier that are adapted.
+        target_components: what of a CLIP classifier is adapted: "encoder" (its blocks) and
+            "classifier" (a linear head; beside the encoder with the head's own preset). A linear
+            head that is not adapted is trained in full.
     """
 
     enabled: bool = True
@@ -48,6 +52,26 @@ class LoRAConfig:
         """The preset for CLIP: the MLP layers of every block."""
         return cls(r=r, lora_alpha=lora_alpha)
 
+    @classmethod
+    def small(cls) -> LoRAConfig:
+        """Rank 8, alpha 16."""
+        return cls.for_clip_model(8, 16)
+
+    @classmethod
+    def medium(cls) -> LoRAConfig:
+        """Rank 16, alpha 32."""
+        return cls.for_clip_model(16, 32)
+
+    @classmethod
+    def large(cls) -> LoRAConfig:
+        """Rank 32, alpha 64."""
+        return cls.for_clip_model(32, 64)
+
+    @classmethod
+    def for_classification_head(cls, r: int = 8, lora_alpha: float = 16) -> LoRAConfig:
+        """The preset for a linear head alone."""
+        return cls(r=r, lora_alpha=lora_alpha, target_components=("classifier",))
+
     @property
     def scaling(self) -> float:
         """What the product B A is multiplied with."""
@@ -57,29 +81,62 @@ class LoRAConfig:
         """Check every field.
 
         Raises:
-            FedloraError: names the field, the value and what is allowed.
+            FedloraError: names the first wrong field, its value and what is allowed.
         """
-        if not isinstance(self.r, int) or self.r < 1:
-            raise FedloraError(f"lora.r must be a whole number from 1, got {self.r!r}.")
-        if not self.lora_alpha > 0:
-            raise FedloraError(f"lora.lora_alpha must be above 0, got {self.lora_alpha!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise FedloraError(f"lora.lora_dropout must be in [0, 1), got {self.lora_dropout!r}.")
-        for name, allowed in (
-            ("placement", ("mlp", "attention", "all")),
-            ("bias", ("none", "all", "lora_only")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise FedloraError(
-                    f"lora.{name} should be one of {', '.join(allowed)} but got "
-                    f"{getattr(self, name)!r}."
-                )
-        if list(self.target_components) != ["encoder"]:
-            raise FedloraError(
-                "lora.target_components should be ['encoder'] but got "
-                f"{list(self.target_components)}."
-            )
+        for name, allowed in self._faults():
+            raise FedloraError(f"lora.{name} {allowed} got {getattr(self, name)!r}.")
+
+    def _faults(self) -> Iterator[tuple[str, str]]:
+        chosen = self.target_components
+        known = _is_list(chosen, str) and set(chosen) <= set(COMPONENTS)
+        checks = {
+            "r": (_is_whole(self.r) and self.r >= 1, "must be a whole number from 1,"),
+            # Written so that NaN, which compares as neither, is refused.
+            "lora_alpha": (
+                _is_number(self.lora_alpha) and 0 < self.lora_alpha < math.inf,
+                "must be above 0,",
+            ),
+            "lora_dropout": (
+                _is_number(self.lora_dropout) and 0 <= self.lora_dropout < 1,
+                "must be in [0, 1),",
+            ),
+            "target_modules": (
+                self.target_modules is None or _is_list(self.target_modules, str),
+                "must be a list of names or null,",
+            ),
+            "layers": (
+                self.layers is None or _is_list(self.layers, int),
+                "must be a list of whole numbers or null,",
+            ),
+            "target_components": (
+                known and 0 < len(chosen) == len(set(chosen)),
+                "should be ['encoder'] or ['encoder', 'classifier'] but",
+            ),
+            "placement": _one_of(self.placement, "mlp", "attention", "all"),
+            "bias": _one_of(self.bias, "none", "all", "lora_only"),
+        }
+        for name in ("enabled", "save_only_trainable", "use_rslora"):
+            checks[name] = (isinstance(getattr(self, name), bool), "must be true or false,")
+        yield from ((name, allowed) for name, (fits, allowed) in checks.items() if not fits)
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, for JSON or YAML."""
         return {**asdict(self), "target_components": list(self.target_components)}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(item, kind) and not isinstance(item, bool) for item in value
+    )
+
+
+def _one_of(value: object, *allowed: str) -> tuple[bool, str]:
+    return value in allowed, f"should be one of {', '.join(allowed)} but"

@@ -1,4 +1,4 @@
-"""CLIP from the embedded model, a local folder or a hub name; one clear line where it is not."""
+"""CLIP or SigLIP from the embedded model, a folder or the hub; one clear line where it is not."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora.errors import FedloraError
+from fedlora.modules.families import check, model_class
 
 if TYPE_CHECKING:
-    from transformers import CLIPModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    from fedlora.modules.families import Clip
 
 EMBEDDED = "tiny-clip"
-SUPPORTED = ("clip",)
 HUB_TIMEOUT = 5.0  # seconds until the hub counts as unreachable
 
 
@@ -56,7 +58,8 @@ def _unavailable(model_name: str, cause: Exception) -> FedloraError:
         reason = str(cause).strip().split("\n")[0]
         return FedloraError(
             f"model_name {model_name!r} cannot be loaded ({reason}). It must hold what "
-            "CLIPModel.save_pretrained and the tokenizer and image processor write."
+            "CLIPModel.save_pretrained or SiglipModel.save_pretrained and the tokenizer and image "
+            "processor write."
         )
     if _is_path(model_name):
         return FedloraError(f"model_name {model_name!r}: there is no such folder. Check the path.")
@@ -109,24 +112,54 @@ def load_preprocess_config(model_name: str) -> Mapping[str, Any]:
         raise FileNotFoundError("no preprocessor_config.json in it")
 
 
-def load_clip(model_name: str) -> CLIPModel:
-    """The pretrained CLIP with both towers, in float32 and evaluation mode.
+def _config(model_name: str, local: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    source = resolve(model_name)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(source, local_files_only=local)
+    check(config, f"model_name {model_name!r}")
+    return config
+
+
+def load_config(model_name: str) -> PreTrainedConfig:
+    """The config of a model of a supported family; reads one small file.
 
     Raises:
-        FedloraError: where the model cannot be had, is no CLIP or lacks weights.
+        FedloraError: where the model cannot be had or is of no supported family.
     """
-    from transformers import AutoConfig, CLIPModel
+    with _one_line(model_name):
+        return _config(model_name, _local_only(resolve(model_name)))
 
+
+def empty_clip(model_name: str) -> Clip:
+    """The model without its weights, on the meta device: all names and shapes, no memory.
+
+    Needs ``config.json`` only. Float32 and evaluation mode, as :func:`load_clip` gives it.
+
+    Raises:
+        FedloraError: where the config cannot be had or is of no supported family.
+    """
+    with _one_line(model_name):
+        config: Any = _config(model_name, _local_only(resolve(model_name)))
+        with torch.device("meta"):
+            model = model_class(config.model_type)(config)
+    # A config may ask for half precision in one tower alone.
+    model.float()  # type: ignore[no-untyped-call]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
+
+
+def load_clip(model_name: str) -> Clip:
+    """The pretrained model with both towers, in float32 and evaluation mode.
+
+    Raises:
+        FedloraError: where the model cannot be had, is of no supported family or lacks weights.
+    """
     source = resolve(model_name)
     with _one_line(model_name):
         local = _local_only(source)
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
-        if config.model_type not in SUPPORTED:
-            raise FedloraError(
-                f"model_name {model_name!r} is a {config.model_type!r} model; supported: "
-                f"{', '.join(SUPPORTED)}. Choose a CLIP model."
-            )
-        loaded: Any = CLIPModel.from_pretrained(
+        config = _config(model_name, local)
+        loaded: Any = model_class(config.model_type).from_pretrained(
             source,
             config=config,
             dtype=torch.float32,
@@ -134,7 +167,7 @@ def load_clip(model_name: str) -> CLIPModel:
             ignore_mismatched_sizes=True,  # refused below, with the name of the tensor
             output_loading_info=True,
         )
-        model: CLIPModel = loaded[0]
+        model: Clip = loaded[0]
         info: Mapping[str, Any] = loaded[1]
         # transformers would fill them with random numbers and go on.
         wrong = [*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])]
@@ -157,11 +190,37 @@ def load_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
 
     source = resolve(model_name)
     with _one_line(model_name):
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=_local_only(source))
+        local = _local_only(source)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        except Exception as error:
+            _name_missing_packages(model_name, local, error)
+            raise
         # Without files transformers makes up a tokenizer that knows no words.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             raise ValueError("its tokenizer has no vocabulary: is tokenizer.json missing?")
     return tokenizer
+
+
+def _name_missing_packages(model_name: str, local: bool, error: Exception) -> None:
+    """Say which packages SigLIP's tokenizer lacks, where that may be why it does not load."""
+    from transformers.utils.hub import cached_file
+    from transformers.utils.import_utils import is_protobuf_available, is_sentencepiece_available
+
+    there = {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
+    missing = [name for name, found in there.items() if not found]
+    # The file, because what transformers says of it has nothing in common between its versions.
+    file = missing and cached_file(
+        resolve(model_name),
+        "spiece.model",
+        local_files_only=local,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    if file:
+        raise FedloraError(
+            f"model_name {model_name!r}: its tokenizer needs {' and '.join(missing)}. "
+            f"Run: python -m pip install {' '.join(missing)}"
+        ) from error
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

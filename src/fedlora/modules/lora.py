@@ -1,189 +1,265 @@
-"""LoRA put into a model by PEFT, seen as an AdapterState."""
+"""LoRA put into any model, seen as an AdapterState and as plain named tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig
-from fedlora.modules.dropout import KeyedDropout
-from fedlora.sampling import derive_seed
-from fedlora.state import AdapterState, Part, Residual
+from fedlora.modules.injection import (
+    Slot,
+    adapted_already,
+    biases,
+    find_targets,
+    make_slots,
+    product,
+)
+from fedlora.modules.learned import LearnedParts
+from fedlora.modules.loading import weights_sha256
+from fedlora.modules.originals import Originals
+from fedlora.modules.parameters import copy_of, fill
+from fedlora.modules.recomputation import set_gradient_checkpointing
+from fedlora.modules.report import ParameterReport
+from fedlora.state import Residual
 
-ADAPTER = "default"  # PEFT's own name for the only adapter
+State = Literal["new", "on", "off", "merged", "unloaded"]
 
 
-class LoRAWrapper:
-    """Puts LoRA into a model's linear layers, without touching its code or class.
+class LoRAWrapper(LearnedParts):
+    """Puts LoRA into a model's linear and convolutional layers, without touching its code or class.
 
-    The base is frozen. What is trained is declared here once, by part: A and B of each adapted
-    layer, and ``other`` (extra parameters that are trained in full, such as a head). With
-    ``config.enabled`` False nothing is injected and ``other`` is every parameter.
+    Nothing changes before :meth:`apply`. From then on the base is frozen, and what is trained is
+    declared once, by part: A and B of each adapted layer, and ``other`` (parameters trained in
+    full, such as a head, and running statistics). With ``config.enabled`` False nothing is
+    injected and ``other`` is every parameter.
 
     Args:
         model: the model; layers are named by their path in it.
-        config: the adapter's settings.
-        targets: paths of the layers to adapt.
+        config: the adapter's settings, copied; None means ``LoRAConfig()``.
+        targets: paths of the layers to adapt, or their endings; None takes
+            ``config.target_modules``, and every linear and convolutional layer without that.
         other: parameters trained in full besides: name -> parameter.
 
     Raises:
-        FedloraError: for a wrong setting, or targets that the model lacks.
+        FedloraError: for a wrong setting, targets that the model lacks, or a model that has an
+            adapter already.
+
+    Example:
+        >>> import torch
+        >>> from fedlora import LoRAConfig, LoRAWrapper
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 3))
+        >>> lora = LoRAWrapper(model, LoRAConfig(r=2)).apply()
+        >>> sorted(lora.get_parameters())
+        ['0.lora_A', '0.lora_B', '1.lora_A', '1.lora_B']
+        >>> print(lora.report())
+        46 of 75 parameters trained (61.33 %), 184 B of 300 B exchanged (38.67 % less)
     """
 
     def __init__(
         self,
         model: nn.Module,
-        config: LoRAConfig,
-        targets: Iterable[str],
+        config: LoRAConfig | None = None,
+        targets: Iterable[str] | None = None,
         other: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        config.validate()
+        super().__init__()
+        self.config = LoRAConfig() if config is None else replace(config)
+        self.config.validate()
         self.model = model
-        self.config = config
-        self.layers: dict[str, Any] = {}
-        self._dropouts: list[KeyedDropout] = []
-        self._pristine: dict[str, Tensor] = {}
-        self._served: dict[str, Residual] = {}
-        full = dict(other or {})
-        if config.enabled:
-            model.requires_grad_(False)
-            self._inject(sorted(targets))
-            full.update(self._biases())
-        else:
-            full.update(model.named_parameters())
-        self.parameters: dict[Part, dict[str, nn.Parameter]] = {
-            "A": {name: layer.lora_A[ADAPTER].weight for name, layer in self.layers.items()},
-            "B": {name: layer.lora_B[ADAPTER].weight for name, layer in self.layers.items()},
-            "other": full,
-        }
-        self.scaling: dict[str, float] = {n: x.scaling[ADAPTER] for n, x in self.layers.items()}
-        self.set_trainable({"A", "B", "other"})
+        self._refuse_adapted()
+        self._targets = find_targets(model, self.config, targets) if self.config.enabled else []
+        self._full = dict(other or {})
+        self._slots: list[Slot] = []
+        self._asleep: dict[str, Residual] = {}  # what was served when the layers went off
+        self.phase: State = "new"
 
-    def _inject(self, targets: list[str]) -> None:
-        from peft import LoraConfig, inject_adapter_in_model
-        from peft.tuners.lora import LoraLayer
+    def _refuse_adapted(self) -> None:
+        layer = self._adapted_where()
+        if layer:
+            raise FedloraError(
+                f"this model has LoRA already (in {layer}): it cannot be wrapped twice. Go on with "
+                "the wrapper that put it there, or call its unload() or merge_and_unload() first."
+            )
 
-        config = self.config
-        peft_config = LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides by r
-            lora_dropout=config.lora_dropout,
-            target_modules=targets,
-            bias=config.bias,
-            use_rslora=config.use_rslora,
-        )
-        inject_adapter_in_model(peft_config, self.model)
-        for name, module in self.model.named_modules():
-            if isinstance(module, LoraLayer):
-                self.layers[name] = module
-                if config.lora_dropout > 0:
-                    dropout = KeyedDropout(config.lora_dropout, name)
-                    module.lora_dropout[ADAPTER] = dropout
-                    self._dropouts.append(dropout)
+    def _adapted_where(self) -> str:
+        """Where there is an adapter already; empty if nowhere."""
+        return adapted_already(self.model)
 
-    def _biases(self) -> Iterator[tuple[str, nn.Parameter]]:
-        if self.config.bias == "all":
-            for name, parameter in self.model.named_parameters():
-                if name.endswith("bias"):
-                    yield name.replace(".base_layer.", "."), parameter
-        elif self.config.bias == "lora_only":
-            for name, layer in self.layers.items():
-                if layer.get_base_layer().bias is not None:
-                    yield f"{name}.bias", layer.get_base_layer().bias
-
-    def base_weights(self) -> dict[str, Tensor]:
-        """The frozen weight of each adapted layer, (out_features, in_features); not copies."""
-        return {name: layer.get_base_layer().weight.detach() for name, layer in self.layers.items()}
-
-    def set_trainable(self, parts: Iterable[Part]) -> None:
-        """Let gradients reach these parts only."""
-        chosen = frozenset(parts)
-        for part, parameters in self.parameters.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(part in chosen)
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that gradients reach, named ``A/<path>``, ``B/<path>``, ``other/…``."""
-        return {
-            f"{part}/{name}": parameter
-            for part, parameters in self.parameters.items()
-            for name, parameter in parameters.items()
-            if parameter.requires_grad
-        }
-
-    def set_dropout_key(self, key: int | None, step: int = 0) -> None:
-        """Fix the dropout masks of the next step; None hands them back to torch's generator."""
-        derived = None if key is None else derive_seed(key, step)
-        for dropout in self._dropouts:
-            dropout.key = derived
-
-    def state(self) -> AdapterState:
-        """A copy of all trained parameters on the CPU in float32, with what is served."""
-
-        def copy(part: Part) -> dict[str, Tensor]:
-            return {
-                name: parameter.detach().to("cpu", torch.float32, copy=True)
-                for name, parameter in self.parameters[part].items()
-            }
-
-        return AdapterState(
-            copy("A"), copy("B"), copy("other"), dict(self.scaling), dict(self._served)
-        )
-
-    @torch.no_grad()
-    def load(self, state: AdapterState) -> None:
-        """Put a whole or partial state into the model, its residual included.
+    def apply(self) -> Self:
+        """Inject the adapter and freeze the base; returns the wrapper.
 
         Raises:
-            FedloraError: names every tensor that does not fit; nothing is changed then.
+            FedloraError: where it was done before, here or by another wrapper.
         """
-        faults = list(self._faults(state))
-        if faults:
-            more = f" (and {len(faults) - 5} more)" if len(faults) > 5 else ""
+        if self.phase != "new":
             raise FedloraError(
-                f"the adapter does not fit this model: {'; '.join(faults[:5])}{more}."
+                f"this adapter was applied before (it is {self.phase} now): a model cannot be "
+                "wrapped twice. Make a new wrapper after unload() or merge_and_unload()."
             )
-        for part, parameters in self.parameters.items():
-            for name, tensor in state.part(part).items():
-                parameters[name].copy_(tensor)
-        self.serve(state.residual)
+        self._refuse_adapted()
+        full = dict(self._full)
+        if self.config.enabled:
+            self._slots = make_slots(self._targets, self.config)
+            full |= biases(self.config, self.model, self._slots)
+            self._originals = Originals.of(self._base(), self._modules(), full)
+        else:
+            base = dict(self.model.named_parameters())
+            # A name that both have, such as logit_scale, is the model's.
+            full = {f"self.{n}" if n in base else n: p for n, p in full.items()} | base
+            self._originals = Originals.of([], self._modules(), {})
+            # Values are not kept: that would be a second model.
+            self._originals.flags = [(p, p.requires_grad) for p in full.values()]
+        self._declare({slot.target.name: slot.layer for slot in self._slots}, full)
+        self._hang_in()
+        return self
 
-    def _faults(self, state: AdapterState) -> Iterator[str]:
-        for part, parameters in self.parameters.items():
-            for name, tensor in state.part(part).items():
-                if name not in parameters:
-                    yield f"{part} of {name!r} is not trained here"
-                elif tensor.shape != parameters[name].shape:
-                    want, got = tuple(parameters[name].shape), tuple(tensor.shape)
-                    yield f"{part} of {name!r} has shape {got}, expected {want}"
-        for name, residual in state.residual.items():
-            if name not in self.layers:
-                yield f"the residual of {name!r} has no adapted layer here"
-            elif residual.shape != self.layers[name].get_base_layer().weight.shape:
-                yield f"the residual of {name!r} has shape {residual.shape}"
+    def _base(self) -> list[nn.Parameter]:
+        """What is frozen."""
+        return list(self.model.parameters())
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        """Each module of the model with its path, adapter included."""
+        return list(self.model.named_modules())
+
+    def _everything(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+    def _hang_in(self) -> None:
+        for slot in self._slots:
+            slot.hang(slot.layer)
+        if self.config.enabled:
+            self._originals.freeze()
+        self.set_trainable({"A", "B", "other"})
+        self.phase = "on"
+
+    def _take_out(self) -> None:
+        for slot in self._slots:
+            slot.hang(slot.target.base)
+        self._originals.thaw()
+
+    def _require(self, *phases: State) -> None:
+        if self.phase not in phases:
+            what = {
+                "new": "is not applied yet. Call apply() first",
+                "off": "is off. Call enable_lora_layers() first",
+                "on": "is on. Call disable_lora_layers() first",
+                "merged": "was merged into the model and is gone. Wrap the model anew",
+                "unloaded": "was unloaded and is gone. Wrap the model anew",
+            }[self.phase]
+            raise FedloraError(f"this adapter {what}.")
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass: less memory, more time.
+
+        Raises:
+            FedloraError: where the model cannot.
+        """
+        set_gradient_checkpointing(self.model, True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        """Keep the activations again."""
+        set_gradient_checkpointing(self.model, False)
+
+    def report(self) -> ParameterReport:
+        """How much is trained and exchanged, counted in the model as it is."""
+        self._require("on")
+        return ParameterReport.of(
+            (m for _, m in self._modules()), self.parameters, self.exchanged()
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a saved adapter must say about the model that it belongs to: JSON."""
+        with self.lora_disabled():
+            digest = weights_sha256(self.model)
+        name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
+        return {"base_model": name, "base_model_sha256": digest}
+
+    # What is exchanged.
+
+    def get_parameters(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what is learned.
+
+        Everything in the model where ``save_only_trainable`` is False or the layers are off.
+        """
+        self._require("on", "off")
+        return copy_of(self._travels())
+
+    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`get_parameters` gave.
+
+        Raises:
+            FedloraError: names every value that does not fit; nothing is changed then.
+        """
+        self._require("on", "off")
+        fill(self._travels(), parameters)
+
+    def _travels(self) -> dict[str, Tensor]:
+        return self._everything() if self._whole() else self.exchanged()
+
+    def _whole(self) -> bool:
+        return self.phase == "off" or not self.config.enabled or not self.config.save_only_trainable
+
+    # The layers off, on, away.
+
+    def disable_lora_layers(self) -> None:
+        """Take the adapter out: the original model is back, to the bit, until it is enabled.
+
+        Head and running statistics are the original ones too.
+        """
+        self._require("on", "off")
+        if self.phase == "on" and self.config.enabled:
+            self._asleep = self.served.forget()
+            self._originals.swap()
+            self._take_out()
+            self.phase = "off"
+
+    def enable_lora_layers(self) -> None:
+        """Put the adapter back as it was, to the bit."""
+        self._require("on", "off")
+        if self.phase == "off":
+            self._originals.swap()
+            self._hang_in()
+            self.served.serve(self._asleep)
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """The original model for as long as the context lasts."""
+        was_on = self.phase == "on"
+        self.disable_lora_layers()
+        try:
+            yield
+        finally:
+            if was_on:
+                self.enable_lora_layers()
+
+    def unload(self) -> nn.Module:
+        """Undo everything: the original model, bit-identical, statistics included."""
+        self.disable_lora_layers()
+        if not self.config.enabled:
+            self._take_out()
+        self.phase = "unloaded"
+        return self.model
 
     @torch.no_grad()
-    def serve(self, residual: Mapping[str, Residual]) -> None:
-        """Serve W0 + R in each adapted layer.
+    def merge_and_unload(self) -> Any:
+        """Add the adapter to the weights: a plain model with the same predictions.
 
-        Always computed from the pristine weight, kept on the CPU once a residual was seen: nothing
-        is added to a weight that was changed before, so rounding cannot build up over rounds.
+        Computed in float64 from the pristine weights, residual included.
         """
-        for name in [*residual, *(set(self._served) - set(residual))]:
-            change = residual.get(name)
-            if change is self._served.get(name):
-                continue
-            weight = self.layers[name].get_base_layer().weight
-            if name not in self._pristine:
-                self._pristine[name] = weight.detach().to("cpu", copy=True)
-            pristine = self._pristine[name].to(weight.device)
-            if change is None:
-                weight.copy_(pristine)
-                del self._served[name]
-            else:
-                weight.copy_(pristine.float() + change.to(torch.float32).dense().to(weight.device))
-                self._served[name] = change
+        self._require("on")
+        for name, layer in self.layers.items():
+            weight = layer.get_base_layer().weight
+            change = product(layer)
+            if name in self.served.residual:
+                change += self.served.residual[name].to(torch.float64).dense()
+            merged = self.served.pristine(name).to("cpu", torch.float64) + change
+            weight.copy_(merged.view_as(weight))
+        self._take_out()
+        self.phase = "merged"
+        return self.model

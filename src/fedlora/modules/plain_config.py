@@ -12,6 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from fedlora.errors import FedloraError
+from fedlora.modules.config import LoRAConfig
 
 TYPES = ("clip", "clip_lora")
 MODEL_KEYS = ("type", "model_name", "num_classes")
@@ -38,21 +39,31 @@ def from_plain(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         FedloraError: for a key or a type that does not exist, with the nearest one that does.
     """
-    from fedlora.modules.config import LoRAConfig
-
     refuse_unknown(config, ("model", "lora"), source)
-    model, lora = dict(config.get("model") or {}), dict(config.get("lora") or {})
+    model, lora = (_section(config, name, source) for name in ("model", "lora"))
     refuse_unknown(model, MODEL_KEYS, f"{source}: model")
     refuse_unknown(lora, [field.name for field in fields(LoRAConfig)], f"{source}: lora")
-    kind = model.pop("type", "clip_lora")
+    kind = model.pop("type", "clip_lora" if "lora" in config else None)
     if kind not in TYPES:
         raise FedloraError(
             f"{source}: model.type should be one of {', '.join(TYPES)} but got {kind!r}"
             f"{_nearest(str(kind), TYPES)}."
         )
     if kind == "clip":
+        if lora.get("enabled"):
+            raise FedloraError(
+                f"{source}: model.type is clip, which has no adapter, but lora.enabled is true. "
+                "Set model.type to clip_lora or lora.enabled to false."
+            )
         lora["enabled"] = False
     return {"model": {**model, "lora": lora}}
+
+
+def _section(config: Mapping[str, Any], name: str, source: str) -> dict[str, Any]:
+    section = config.get(name) or {}
+    if not isinstance(section, Mapping):
+        raise FedloraError(f"{source}: {name} must be a section with keys, got {section!r}.")
+    return dict(section)
 
 
 def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) -> None:

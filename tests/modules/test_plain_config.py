@@ -8,7 +8,7 @@ import yaml
 
 from fedlora import FedloraError
 from fedlora.main import main
-from fedlora.plain_config import from_plain, is_plain
+from fedlora.modules.plain_config import from_plain, is_plain
 
 PLAIN = {
     "model": {"type": "clip_lora", "model_name": "tiny-clip", "num_classes": 10},

@@ -1,0 +1,126 @@
+"""What is learned in a model, declared once by part and seen as an AdapterState."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.modules.dropout import KeyedDropout
+from fedlora.modules.injection import ADAPTER
+from fedlora.modules.originals import Originals
+from fedlora.modules.parameters import refuse
+from fedlora.modules.served import ServedWeights
+from fedlora.sampling import derive_seed
+from fedlora.state import AdapterState, Part
+
+
+class LearnedParts:
+    """The factors A and B of each adapted layer, and ``other``: what is trained in full.
+
+    Attributes:
+        layers: path -> PEFT's layer.
+        parameters: part -> path -> parameter. A kernel's factors have its shape.
+        scaling: path -> lora_alpha / rank.
+        served: the residual beside the frozen weights.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, Any] = {}
+        self.parameters: dict[Part, dict[str, nn.Parameter]] = {"A": {}, "B": {}, "other": {}}
+        self.scaling: dict[str, float] = {}
+        self.served = ServedWeights(self.layers)
+        self._originals = Originals()
+
+    def _declare(self, layers: Mapping[str, Any], other: Mapping[str, nn.Parameter]) -> None:
+        self.layers.update(layers)
+        self.scaling = {name: layer.scaling[ADAPTER] for name, layer in layers.items()}
+        self.parameters = {
+            "A": {name: layer.lora_A[ADAPTER].weight for name, layer in layers.items()},
+            "B": {name: layer.lora_B[ADAPTER].weight for name, layer in layers.items()},
+            "other": dict(other),
+        }
+
+    def set_trainable(self, parts: Iterable[Part]) -> None:
+        """Let gradients reach these parts only."""
+        chosen = frozenset(parts)
+        for part, parameters in self.parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(part in chosen)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that gradients reach, named ``A/<path>``, ``B/<path>``, ``other/…``."""
+        return {
+            f"{part}/{name}": parameter
+            for part, parameters in self.parameters.items()
+            for name, parameter in parameters.items()
+            if parameter.requires_grad
+        }
+
+    def set_dropout_key(self, key: int | None, step: int = 0) -> None:
+        """Fix the dropout masks of the next step; None hands them back to torch's generator."""
+        derived = None if key is None else derive_seed(key, step)
+        for layer in self.layers.values():
+            dropout = layer.lora_dropout[ADAPTER]
+            if isinstance(dropout, KeyedDropout):  # there is none where the rate is 0
+                dropout.key = derived
+
+    def exchanged(self) -> dict[str, Tensor]:
+        """What is learned, by name, itself: factors, ``other``, running statistics."""
+        named: dict[str, Tensor] = {}
+        for name in self.parameters["A"]:
+            named[f"{name}.lora_A"] = self.parameters["A"][name]
+            named[f"{name}.lora_B"] = self.parameters["B"][name]
+        return {**named, **self._own("other")}
+
+    def base_weights(self) -> dict[str, Tensor]:
+        """The frozen weight of each adapted layer, (out_features, in_features); not copies."""
+        return {name: self.served.weight(name) for name in self.layers}
+
+    def state(self) -> AdapterState:
+        """A copy of all that is learned on the CPU in float32, with what is served."""
+
+        def copy(tensors: Mapping[str, Tensor], flat: bool = False) -> dict[str, Tensor]:
+            return {
+                # A convolution's factors as matrices, which is what rules average.
+                name: (t.flatten(1) if flat else t).detach().to("cpu", torch.float32, copy=True)
+                for name, t in tensors.items()
+            }
+
+        A, B = (copy(self.parameters[part], flat=True) for part in ("A", "B"))
+        return AdapterState(
+            A, B, copy(self._own("other")), dict(self.scaling), dict(self.served.residual)
+        )
+
+    @torch.no_grad()
+    def load(self, state: AdapterState) -> None:
+        """Put a whole or partial state into the model, its residual included.
+
+        Raises:
+            FedloraError: names every tensor that does not fit; nothing is changed then.
+        """
+        refuse(list(self._faults(state)), "the adapter's tensors")
+        for part in self.parameters:
+            own = self._own(part)
+            for name, tensor in state.part(part).items():
+                own[name].copy_(tensor.view_as(own[name]))
+        self.served.serve(state.residual)
+
+    def _own(self, part: Part) -> dict[str, Tensor]:
+        statistics = self._originals.statistics() if part == "other" else {}
+        return {**self.parameters[part], **statistics}
+
+    def _faults(self, state: AdapterState) -> Iterator[str]:
+        for part in self.parameters:
+            own = self._own(part)
+            for name, tensor in state.part(part).items():
+                if name not in own:
+                    yield f"{part} of {name!r} is not trained here"
+                    continue
+                want = own[name].shape if part == "other" else own[name].flatten(1).shape
+                if tensor.shape != want:
+                    got = tuple(tensor.shape)
+                    yield f"{part} of {name!r} has shape {got}, expected {tuple(want)}"
+        yield from self.served.faults(state.residual)

@@ -1,0 +1,1 @@
+"""Side commands, one a file; ``fedlora.arguments.TOOLS`` lists them."""
