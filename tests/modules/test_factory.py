@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from fedlora import FederatedCLIPModel, FedloraError, create_model, quick_clip_lora
+from fedlora import FedloraError, create_model, quick_clip_lora
 from tests.small_clip import NAMES
 
 

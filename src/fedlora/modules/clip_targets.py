@@ -96,7 +96,7 @@ def head_target(anatomy: Anatomy, config: LoRAConfig) -> Target:
 
 def _places(anatomy: Anatomy, head: nn.Module) -> list[Place]:
     places: list[Place] = []
-    for path, module in anatomy.modules.items():
+    for path, module in anatomy.places:
         if module is head:
             *owners, attribute = path.split(".")
             owner: Any = anatomy.thing

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
-from fedlora.modules.anatomy import Anatomy
+from fedlora.modules.anatomy import Anatomy, optimizers_in
 from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_targets import head_target, targets_in
 from fedlora.modules.config import LoRAConfig
-from fedlora.modules.federated import Optimizers, refuse_blind, refuse_difference
 from fedlora.modules.injection import Target, adapted_already
 from fedlora.modules.lora import LoRAWrapper
-from fedlora.modules.parameters import copy_of, mismatch, refuse
-from fedlora.modules.view import only
+from fedlora.modules.optimizers import Optimizers
+from fedlora.modules.own_methods import OwnMethods
 from fedlora.state import AdapterState
 
 Towers = Literal["vision", "both"]
-# What the wrapper answers in the place of the object, through the object's own method.
-METHODS = ("get_parameters", "set_parameters")
 MARK = "lora_wrapper"  # the attribute under which the object knows its wrapper
 
 
@@ -79,7 +75,8 @@ class CLIPLoRAWrapper(LoRAWrapper):
         unused = towers is None and not getattr(federated_clip_model, "uses_text_tower", True)
         self.idle = frozenset(n for n in names if unused and n.startswith("text_model."))
         self._optimizers: Optimizers | None = None
-        self._theirs: dict[str, Any] = {}
+        self._methods = OwnMethods(self)
+        self._marked = False
 
     def apply_lora_to_federated_model(self) -> Any:
         """Inject the adapter and let the object work on it; returns the object.
@@ -159,82 +156,21 @@ class CLIPLoRAWrapper(LoRAWrapper):
         about = self.federated.describe() if ours else super().describe()
         return {**about, "towers": self.towers}
 
-    # The object's own methods.
+    def roots(self) -> list[nn.Module]:
+        """Every module through which the object may look at what is learned."""
+        head = [] if self._head is None else [self._head_layer()]
+        # An adapted head may be an attribute of a plain object, below no module.
+        return [*self.anatomy.modules.values(), *head]
 
-    def _answer(self) -> None:
-        """Stand before the object's own methods."""
-        for name in METHODS:
-            theirs = getattr(self.federated, name, None)
-            if callable(theirs):
-                # What the instance had under that name already, if anything.
-                self._theirs[name] = (theirs, vars(self.federated).get(name))
-                setattr(self.federated, name, getattr(self, f"_{name}"))
-        if not hasattr(self.federated, MARK):
-            setattr(self.federated, MARK, self)
-
-    def _step_back(self) -> None:
-        for name, (_, before) in self._theirs.items():
-            if before is None:
-                delattr(self.federated, name)
-            else:
-                setattr(self.federated, name, before)
-        self._theirs.clear()
-
-    def _view(self) -> AbstractContextManager[None]:
-        """The object's modules as if they held what is exchanged only."""
-        roots = list(self.anatomy.modules.values())
-        if self._head is not None:
-            roots.append(self._head_layer())  # an attribute of a plain object is below no module
-        return only(roots, self.exchanged().values())
+    def exchanges_all(self) -> bool:
+        """Whether the whole model travels, as without an adapter."""
+        return self._whole()
 
     def _probe(self) -> None:
         """Make sure that the object's own method sees the adapter."""
-        if "get_parameters" not in self._theirs or self._whole():
-            return
         other = sum(t.numel() for t in self._own("other").values())
         adapter = sum(t.numel() for t in self.exchanged().values()) - other
-        base = sum(p.numel() for p in self._originals.base)
-        try:
-            given = self._get_parameters()
-        except TypeError:  # it wants arguments that are not known here
-            return
-        name = f"{type(self.federated).__name__}.get_parameters"
-        refuse_blind(given, adapter, other, base, name)
-
-    def _get_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The object's ``get_parameters``, which sees the adapter only."""
-        theirs = self._theirs["get_parameters"][0]
-        if self._whole():
-            return theirs(*args, **kwargs)
-        with self._view():
-            return theirs(*args, **kwargs)
-
-    def _set_parameters(self, *args: Any, **kwargs: Any) -> Any:
-        """The object's ``set_parameters``, which sees the adapter only; all or nothing."""
-        theirs = self._theirs["set_parameters"][0]
-        if self._whole():
-            return theirs(*args, **kwargs)
-        what = f"the parameters given to {type(self.federated).__name__}"
-        self._compare(args[0] if args else next(iter(kwargs.values()), None), what)
-        learned = self.exchanged()
-        before = copy_of(learned)
-        try:
-            with self._view():
-                result = theirs(*args, **kwargs)
-            refuse([f for n, t in learned.items() for f in mismatch(n, before[n], t)], what)
-        except BaseException:
-            for name, tensor in learned.items():
-                tensor.data = before[name].to(tensor.device)
-            raise
-        return result
-
-    def _compare(self, given: object, what: str) -> None:
-        if "get_parameters" in self._theirs:
-            try:
-                own = self._get_parameters()
-            except TypeError:  # it wants arguments that are not known here
-                return
-            refuse_difference(own, given, what)
+        self._methods.refuse_blind(adapter, other, sum(p.numel() for p in self._originals.base))
 
     # Off, on, away.
 
@@ -244,20 +180,24 @@ class CLIPLoRAWrapper(LoRAWrapper):
         if not self.config.enabled:
             return
         if self._optimizers is None:
-            factors = [p for part in ("A", "B") for p in self.parameters[part].values()]
-            self._optimizers = Optimizers(self._originals.base, factors)
+            factors = [(n, p) for part in ("A", "B") for n, p in self.parameters[part].items()]
+            weights = [self.layers[name].get_base_layer().weight for name, _ in factors]
+            self._optimizers = Optimizers(self._originals.base, [p for _, p in factors], weights)
         try:
-            self._optimizers.train_adapter(Anatomy.of(self.federated).optimizers)
-            self._answer()
+            self._optimizers.train_adapter(optimizers_in(self.federated))
+            self._methods.stand_before()
         except BaseException:
             self.unload()
             raise
+        if not hasattr(self.federated, MARK):
+            vars(self.federated)[MARK] = self
+            self._marked = True
 
     def _take_out(self) -> None:
         super()._take_out()
         if self._optimizers is not None:
-            self._optimizers.train_base(Anatomy.of(self.federated).optimizers)
-        self._step_back()
+            self._optimizers.train_base(optimizers_in(self.federated))
+        self._methods.step_back()
         self._tell_text()
 
     def _tell_text(self) -> None:
@@ -277,6 +217,7 @@ class CLIPLoRAWrapper(LoRAWrapper):
         return self._farewell()
 
     def _farewell(self) -> Any:
-        if vars(self.federated).get(MARK) is self:
-            delattr(self.federated, MARK)
+        if self._marked:
+            vars(self.federated).pop(MARK, None)
+            self._marked = False
         return self.federated

@@ -264,4 +264,5 @@ def biases(config: LoRAConfig, model: nn.Module, slots: Sequence[Slot]) -> dict[
     found: dict[str, Any] = {name: bias for name, bias in own.items() if bias is not None}
     if config.bias == "all":
         found |= {name: p for name, p in model.named_parameters() if name.endswith("bias")}
-    return found
+    once = {id(bias): name for name, bias in reversed(found.items())}
+    return {name: bias for name, bias in found.items() if once[id(bias)] == name}

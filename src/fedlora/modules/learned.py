@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.errors import FedloraError
 from fedlora.modules.dropout import KeyedDropout
 from fedlora.modules.injection import ADAPTER
 from fedlora.modules.originals import Originals
 from fedlora.modules.parameters import refuse
 from fedlora.modules.served import ServedWeights
 from fedlora.sampling import derive_seed
-from fedlora.state import AdapterState, Part
+from fedlora.state import PARTS, AdapterState, Part
+
+State = Literal["new", "on", "off", "merged", "unloaded"]
 
 
 class LearnedParts:
     """The factors A and B of each adapted layer, and ``other``: what is trained in full.
 
     Attributes:
+        phase: whether the adapter is in the model.
         layers: path -> PEFT's layer.
         parameters: part -> path -> parameter. A kernel's factors have its shape.
         scaling: path -> lora_alpha / rank.
         served: the residual beside the frozen weights.
+        parts: those that gradients reach.
     """
 
     def __init__(self) -> None:
+        self.phase: State = "new"
         self.layers: dict[str, Any] = {}
         self.parameters: dict[Part, dict[str, nn.Parameter]] = {"A": {}, "B": {}, "other": {}}
         self.scaling: dict[str, float] = {}
         self.served = ServedWeights(self.layers)
+        self.parts: frozenset[Part] = PARTS
         self._originals = Originals()
 
     def _declare(self, layers: Mapping[str, Any], other: Mapping[str, nn.Parameter]) -> None:
@@ -43,9 +50,21 @@ class LearnedParts:
             "other": dict(other),
         }
 
+    def _require(self, *phases: State) -> None:
+        if self.phase not in phases:
+            what = {
+                "new": "is not applied yet. Call apply() first",
+                "off": "is off. Call enable_lora_layers() first",
+                "on": "is on. Call disable_lora_layers() first",
+                "merged": "was merged into the model and is gone. Wrap the model anew",
+                "unloaded": "was unloaded and is gone. Wrap the model anew",
+            }[self.phase]
+            raise FedloraError(f"this adapter {what}.")
+
     def set_trainable(self, parts: Iterable[Part]) -> None:
         """Let gradients reach these parts only."""
-        chosen = frozenset(parts)
+        self._require("on")
+        self.parts = chosen = frozenset(parts)
         for part, parameters in self.parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(part in chosen)
@@ -81,6 +100,7 @@ class LearnedParts:
 
     def state(self) -> AdapterState:
         """A copy of all that is learned on the CPU in float32, with what is served."""
+        self._require("on")
 
         def copy(tensors: Mapping[str, Tensor], flat: bool = False) -> dict[str, Tensor]:
             return {
@@ -101,6 +121,7 @@ class LearnedParts:
         Raises:
             FedloraError: names every tensor that does not fit; nothing is changed then.
         """
+        self._require("on")
         refuse(list(self._faults(state)), "the adapter's tensors")
         for part in self.parameters:
             own = self._own(part)

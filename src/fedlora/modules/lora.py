@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from fedlora.modules.parameters import copy_of, fill
 from fedlora.modules.recomputation import set_gradient_checkpointing
 from fedlora.modules.report import ParameterReport
 from fedlora.state import Residual
-
-State = Literal["new", "on", "off", "merged", "unloaded"]
 
 
 class LoRAWrapper(LearnedParts):
@@ -77,7 +75,6 @@ class LoRAWrapper(LearnedParts):
         self._full = dict(other or {})
         self._slots: list[Slot] = []
         self._asleep: dict[str, Residual] = {}  # what was served when the layers went off
-        self.phase: State = "new"
 
     def _refuse_adapted(self) -> None:
         layer = self._adapted_where()
@@ -106,7 +103,9 @@ class LoRAWrapper(LearnedParts):
         full = dict(self._full)
         if self.config.enabled:
             self._slots = make_slots(self._targets, self.config)
-            full |= biases(self.config, self.model, self._slots)
+            known = {id(parameter) for parameter in full.values()}
+            found = biases(self.config, self.model, self._slots)
+            full |= {name: bias for name, bias in found.items() if id(bias) not in known}
             self._originals = Originals.of(self._base(), self._modules(), full)
         else:
             base = dict(self.model.named_parameters())
@@ -135,24 +134,13 @@ class LoRAWrapper(LearnedParts):
             slot.hang(slot.layer)
         if self.config.enabled:
             self._originals.freeze()
-        self.set_trainable({"A", "B", "other"})
         self.phase = "on"
+        self.set_trainable(self.parts)
 
     def _take_out(self) -> None:
         for slot in self._slots:
             slot.hang(slot.target.base)
         self._originals.thaw()
-
-    def _require(self, *phases: State) -> None:
-        if self.phase not in phases:
-            what = {
-                "new": "is not applied yet. Call apply() first",
-                "off": "is off. Call enable_lora_layers() first",
-                "on": "is on. Call disable_lora_layers() first",
-                "merged": "was merged into the model and is gone. Wrap the model anew",
-                "unloaded": "was unloaded and is gone. Wrap the model anew",
-            }[self.phase]
-            raise FedloraError(f"this adapter {what}.")
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass: less memory, more time.
@@ -169,9 +157,8 @@ class LoRAWrapper(LearnedParts):
     def report(self) -> ParameterReport:
         """How much is trained and exchanged, counted in the model as it is."""
         self._require("on")
-        return ParameterReport.of(
-            (m for _, m in self._modules()), self.parameters, self.exchanged()
-        )
+        modules = (module for _, module in self._modules())
+        return ParameterReport.of(modules, self.parameters, self._travels())
 
     def describe(self) -> dict[str, Any]:
         """What a saved adapter must say about the model that it belongs to: JSON."""
@@ -198,6 +185,8 @@ class LoRAWrapper(LearnedParts):
         """
         self._require("on", "off")
         fill(self._travels(), parameters)
+        if self._whole():
+            self.served.settle()  # the base that was given is the pristine one now
 
     def _travels(self) -> dict[str, Tensor]:
         return self._everything() if self._whole() else self.exchanged()
@@ -223,9 +212,20 @@ class LoRAWrapper(LearnedParts):
         """Put the adapter back as it was, to the bit."""
         self._require("on", "off")
         if self.phase == "off":
+            self._refuse_adapted()  # by another wrapper, meanwhile
+            self._refuse_replaced()
             self._originals.swap()
             self._hang_in()
             self.served.serve(self._asleep)
+
+    def _refuse_replaced(self) -> None:
+        for slot in self._slots:
+            for owner, attribute in slot.target.places:
+                if getattr(owner, attribute, None) is not slot.target.base:
+                    raise FedloraError(
+                        f"{slot.target.name} was replaced while the adapter was off (by another "
+                        "wrapper?), so it cannot come back. Undo that first."
+                    )
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:

@@ -56,7 +56,7 @@ class Originals:
         return found
 
     def _values(self) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {name: p.detach() for name, p in self.full.items()}
+        values: dict[str, Tensor] = dict(self.full)
         for name, (module, key) in self.buffers.items():
             buffer = module._buffers[key]
             if buffer is not None:
@@ -87,7 +87,10 @@ class Originals:
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the values in the model with those set aside."""
+        done: set[int] = set()
         for name, value in self._values().items():
-            kept = value.clone()
-            value.copy_(self.aside[name])
-            self.aside[name] = kept
+            if id(value) not in done:  # one that is known by two names is swapped once
+                done.add(id(value))
+                kept = value.clone()
+                value.copy_(self.aside[name])
+                self.aside[name] = kept

@@ -69,6 +69,11 @@ class ServedWeights:
                 self.residual[name] = change
             weight.copy_(served.view_as(weight))
 
+    def settle(self) -> None:
+        """Take the weights for pristine as they are, whatever was served in them."""
+        self.residual.clear()
+        self._pristine.clear()
+
     def forget(self) -> dict[str, Residual]:
         """Bring the pristine weights back and return what was served, to be served again."""
         served = dict(self.residual)

@@ -1,10 +1,9 @@
-"""An object with a federated interface of its own, made to work on an adapter and back again."""
+"""The optimizers that somebody's own object holds: they train the adapter, and the base again."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from fedlora.errors import FedloraError
-from fedlora.modules.parameters import as_tensor, differences, opened, part_like, refuse
 
 Optimizer = torch.optim.Optimizer
 Group = dict[str, Any]
@@ -196,76 +194,3 @@ def _groups(optimizer: Optimizer) -> list[tuple[Group, Group, list[Any]]]:
 
 def _states(optimizer: Optimizer) -> dict[Any, Any]:
     return {parameter: copy.deepcopy(state) for parameter, state in optimizer.state.items()}
-
-
-def arguments_for(method: Callable[..., Any]) -> tuple[Any, ...] | None:
-    """What ``get_parameters`` is called with: nothing, or a config as in Flower; None: unknown."""
-    try:
-        signature = inspect.signature(method)
-    except (TypeError, ValueError):
-        return ()
-    arguments: tuple[Any, ...]
-    for arguments in ((), ({},)):
-        try:
-            signature.bind(*arguments)
-        except TypeError:
-            continue
-        return arguments
-    return None
-
-
-def refuse_blind(given: object, adapter: int, other: int, base: int, name: str) -> None:
-    """Refuse an object whose ``get_parameters`` does not see the adapter.
-
-    Args:
-        given: what its own method gives in the view of the adapter.
-        adapter: numbers in the adapter.
-        other: numbers trained in full besides.
-        base: numbers in the base.
-        name: how messages name the method.
-
-    Raises:
-        FedloraError: where it gives the base all the same, or nothing of the adapter.
-    """
-    found, expected = count(given), adapter + other
-    if found is None:
-        return
-    # Something besides the model (prototypes, say) may travel too.
-    too_many = found > 2 * expected or (found > expected and found >= base)
-    if too_many or found in {0, other}:
-        raise FedloraError(
-            f"{name}() gives {found:,} numbers where the adapter has {adapter:,}, and {other:,} "
-            "are trained in full: it does not read its model through state_dict(), parameters() or "
-            "named_parameters() when it is called. Let it do so."
-        )
-
-
-def count(value: object) -> int | None:
-    """Numbers in tensors and arrays in nested dicts and lists; None if it cannot be known."""
-    if value is None or isinstance(value, int | float | str):
-        return 0  # a sample count, a name
-    tensor = as_tensor(value)
-    if tensor is not None:
-        return tensor.numel()
-    if not isinstance(value, Mapping | list | tuple):
-        return None
-    counts = [count(item) for item in (value.values() if isinstance(value, Mapping) else value)]
-    return None if any(c is None for c in counts) else sum(c for c in counts if c is not None)
-
-
-def refuse_difference(own: object, given: object, what: str) -> None:
-    """Refuse what an object's ``set_parameters`` could drop or half-set without a word.
-
-    Args:
-        own: what its ``get_parameters`` gives, with whatever it says besides.
-        given: what it is given.
-        what: how messages name ``given``.
-
-    Raises:
-        FedloraError: for unknown or missing names, another number of values, other shapes, values
-            that are not finite. Formats that cannot be compared are left to its own method.
-    """
-    given = opened(given)
-    mine = part_like(opened(own), given)
-    if mine is not None:
-        refuse(list(differences(mine, given)), what)
