@@ -15,7 +15,7 @@ from torch import Tensor
 from fedlora.files import sha256, swapped_folder
 from fedlora.modules import families
 from fedlora.modules.clip import FederatedCLIPModel
-from fedlora.modules.fit import heads
+from fedlora.modules.compatibility import heads
 from fedlora.modules.peft_files import PREFIX, WEIGHTS
 from fedlora.modules.saved import ABOUT, CLASSIFIER, FORMAT, OTHER, RESIDUAL
 from fedlora.state import AdapterState

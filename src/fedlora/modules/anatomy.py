@@ -18,7 +18,17 @@ from fedlora.modules.families import SUPPORTED_TEXT, backbone_classes
 DEPTH = 4  # attributes of attributes …
 # What belongs to libraries holds no model of the user's, and a wrapper what was there before.
 LIBRARIES = frozenset(
-    "torch transformers tokenizers numpy PIL builtins logging types fedlora".split()
+    [
+        "torch",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "PIL",
+        "builtins",
+        "logging",
+        "types",
+        "fedlora",
+    ]
 )
 FOUND = (nn.Parameter, torch.optim.Optimizer)
 

@@ -63,6 +63,12 @@ class CLIPLoRAClassifier(LightningModule):
     ) -> None:
         super().__init__()
         lora.validate()
+        if lora.enabled and not lora.save_only_trainable:
+            raise FedloraError(
+                "model.lora.save_only_trainable must be true here: of a frozen model only what is "
+                "trained is exchanged. Leave it out, or set model.lora.enabled=false to train and "
+                "exchange the full model."
+            )
         if not 0 <= label_smoothing < 1:
             raise FedloraError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}.")
         if head_lr is not None and not head_lr >= 0:
@@ -170,8 +176,10 @@ class CLIPLoRAClassifier(LightningModule):
         if self.lora is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
         trained = self.lora.trainable()
-        head = [p for name, p in trained.items() if name.startswith("other/classifier.")]
-        rest = [p for name, p in trained.items() if not name.startswith("other/classifier.")]
+        # Trained in full or by an adapter of its own.
+        heads = ("other/classifier.", "A/classifier", "B/classifier")
+        head = [p for name, p in trained.items() if name.startswith(heads)]
+        rest = [p for name, p in trained.items() if not name.startswith(heads)]
         groups: list[dict[str, Any]] = [{"params": rest}] if rest else []
         if head:
             groups.append({"params": head} | ({} if self.head_lr is None else {"lr": self.head_lr}))

@@ -71,6 +71,11 @@ class LoRAWrapper(LearnedParts):
         self.config.validate()
         self.model = model
         self._refuse_adapted()
+        if targets is None and (self.config.layers is not None or self.config.placement != "mlp"):
+            raise FedloraError(
+                "lora.layers and lora.placement are about the blocks of a CLIP, which "
+                "CLIPLoRAWrapper knows. Name layers of another model in lora.target_modules."
+            )
         self._targets = find_targets(model, self.config, targets) if self.config.enabled else []
         self._full = dict(other or {})
         self._slots: list[Slot] = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import FedloraError
 from fedlora.modules.anatomy import optimizers_in
+from fedlora.modules.federated_classifier import FederatedClassifier
 from fedlora.modules.optimizers import undone_on_error
 from fedlora.modules.parameters import (
     as_tensor,
@@ -19,11 +20,12 @@ from fedlora.modules.parameters import (
     part_like,
     refuse,
 )
-from fedlora.modules.view import only
+from fedlora.modules.view import listed, only
 
 if TYPE_CHECKING:
     from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 
+View = Callable[..., AbstractContextManager[None]]
 # train_step too: it may pair parameters with what set_parameters listed (a proximal term).
 METHODS = ("get_parameters", "set_parameters", "train_step")
 
@@ -62,8 +64,9 @@ class OwnMethods:
         """
         attributes = vars(self.thing)  # itself, for it may refuse to have attributes set
         for name in METHODS:
-            if not callable(getattr(self.thing, name, None)):
-                continue
+            ours = name == "train_step" and isinstance(self.thing, FederatedClassifier)
+            if ours or not callable(getattr(self.thing, name, None)):
+                continue  # ours lists nothing beforehand
             self._before[name] = attributes.get(name)
             attributes[name] = getattr(self, name)
             if getattr(getattr(self.thing, name), "__self__", None) is not self:
@@ -90,23 +93,20 @@ class OwnMethods:
                 return vars(kind)[name].__get__(self.thing, type(self.thing))
         return type(self.thing).__getattr__(self.thing, name)
 
-    def _view(self) -> AbstractContextManager[None]:
-        return only(self.wrapper.roots(), self.wrapper.exchanged().values())
-
-    def _in_view(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        theirs = self._their(name)
+    def _view(self, view: View = only) -> AbstractContextManager[None]:
         if self.wrapper.exchanges_all():
-            return theirs(*args, **kwargs)
-        with self._view():
-            return theirs(*args, **kwargs)
+            return nullcontext()
+        return view(self.wrapper.roots(), self.wrapper.exchanged().values())
 
     def get_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """The object's own: what is exchanged only."""
-        return self._in_view("get_parameters", *args, **kwargs)
+        with self._view():
+            return self._their("get_parameters")(*args, **kwargs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The object's own, on what is trained."""
-        return self._in_view("train_step", *args, **kwargs)
+        """The object's own: ``parameters`` are those that travel."""
+        with self._view(listed):
+            return self._their("train_step")(*args, **kwargs)
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """The object's own: all or nothing."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.errors import FedloraError
 from fedlora.files import present, sha256
-from fedlora.modules.fit import faults
+from fedlora.modules.compatibility import faults
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.peft_files import CONFIG, PeftFiles, read_json, read_peft, read_tensors
 from fedlora.state import AdapterState, Residual

@@ -39,6 +39,17 @@ def only(roots: Iterable[nn.Module], chosen: Iterable[Tensor]) -> Iterator[None]
 
 
 @contextmanager
+def listed(roots: Iterable[nn.Module], chosen: Iterable[Tensor]) -> Iterator[None]:
+    """As :func:`only` for ``parameters`` and ``named_parameters`` alone: light, for every step."""
+    shown = {id(tensor) for tensor in chosen}
+    modules = {id(module): module for root in roots for module in root.modules()}
+    with ExitStack() as stack:
+        for module in modules.values():
+            stack.enter_context(_filtered(module, "named_parameters", shown))
+        yield
+
+
+@contextmanager
 def _kept(held: dict[str, Any], shown: set[int]) -> Iterator[None]:
     """Bring the shown tensors of a module back into their places and their order."""
     before = dict(held)
