@@ -7,22 +7,9 @@ import pytest
 from rich.console import Console
 
 from fedlora.callbacks.base import FederatedCallback
-from fedlora.callbacks.progress import Progress, readable
+from fedlora.callbacks.progress import Progress
+from fedlora.modules.report import readable
 from tests.runs import fit, make_data, make_model, make_trainer
-
-
-@pytest.mark.parametrize(
-    ("count", "said"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (166_440, "166.44 kB"),
-        (2.5e6, "2.50 MB"),
-        (7.2e12, "7200.00 GB"),
-    ],
-)
-def test_bytes_for_people(count: float, said: str) -> None:
-    assert readable(count) == said
 
 
 def test_plain_lines_are_one_a_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
