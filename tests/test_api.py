@@ -249,5 +249,5 @@ def test_nothing_to_train_is_said() -> None:
     model = FederatedCLIPModel("tiny-clip", 10).requires_grad_(False)
     with pytest.raises(FedloraError, match="nothing in this model wants gradients"):
         model.train_step(*pictures())
-    with pytest.raises(FedloraError, match="lr must be 0 or above, got -1"):
+    with pytest.raises(FedloraError, match="lr must be a number from 0, got -1"):
         FederatedCLIPModel("tiny-clip", 10).train_step(*pictures(), lr=-1)

@@ -100,6 +100,7 @@ WRONG = [
     (["fit", "--config", "clip_lora.yaml", "--trainer.max_round=3"], 2, "Did you mean trainer.max_rounds?"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.max_rounds=abc"], 2, "trainer.max_rounds: should be of type int but got abc"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.max_ro=3"], 2, "max_ro"),
+    (["fit", "--config", "clip_lora.yaml", "--model.lora.target_components=classifier"], 2, "should be a list such as [classifier] but got classifier"),
     (["fit", "--config", "clip_lora.yaml", "--model.head=linera"], 2, "should be one of 'linear', 'text' but got linera"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.averaging.precision=bf17"], 2, "trainer.averaging.precision: should be one of"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.averaging.precison=32-true"], 2, "Did you mean precision?"),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from fedlora.errors import FedloraError
 from fedlora.files import (
     clear_os_errors,
+    expand,
     present,
     sha256,
     swapped_folder,
@@ -180,6 +181,20 @@ def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert sha256(tmp_path / "abc") == expected
+
+
+def test_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand("~/x") == tmp_path / "x"
+    assert expand(Path("a/~")) == Path("a/~")
+    said = "^folder '~nosuchuser/x': there is no home folder for '~nosuchuser'. Write the path in"
+    with pytest.raises(FedloraError, match=said):
+        expand("~nosuchuser/x", "folder")
+
+
+@pytest.mark.parametrize("path", [Path(), Path("/")])
+def test_a_folder_without_a_name_is_itself(path):
+    assert present(path) == path
 
 
 # A folder.

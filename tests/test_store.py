@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -147,6 +148,23 @@ def test_a_config_that_was_written_by_hand(
     assert said in str(error.value)
     assert "one.yaml" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(configs: LoRAConfigManager) -> None:
+    config = LoRAConfig(
+        lora_alpha=np.float64(0.1), lora_dropout=np.float64(0.2), target_modules=[np.str_("fc1")]
+    )
+    file = configs.save_config(config, "one")
+    assert yaml.safe_load(file.read_text())["lora_alpha"] == 0.1
+    loaded = configs.load_config("one")
+    assert loaded == config
+    assert (type(loaded.lora_alpha), type(loaded.lora_dropout)) == (float, float)
+
+
+def test_a_home_folder_that_nobody_has() -> None:
+    for manager in (LoRAConfigManager, LoRAModelManager):
+        with pytest.raises(FedloraError, match=r"^folder '~nosuchuser/x': there is no home folder"):
+            manager("~nosuchuser/x")
 
 
 def test_wrong_settings_are_not_saved(configs: LoRAConfigManager) -> None:
@@ -302,10 +320,22 @@ def test_one_that_does_not_fit_changes_nothing(models: LoRAModelManager, folder:
 
 @pytest.mark.parametrize("thing", [None, 3, torch.nn.Linear(2, 2)])
 def test_what_is_not_wrapped(models: LoRAModelManager, thing: Any) -> None:
-    with pytest.raises(FedloraError, match="expected a LoRAWrapper or an object that one wraps"):
+    said = (
+        r"expected a LoRAWrapper or an object that one wraps.*; with lora\.enabled=false there is"
+    )
+    with pytest.raises(FedloraError, match=said):
         models.save_model(thing, "one")
     with pytest.raises(FedloraError, match="expected a LoRAWrapper or an object that one wraps"):
         models.load_model("one", thing)
+
+
+def test_a_wrapped_object_without_an_adapter(models: LoRAModelManager, folder: Path) -> None:
+    config = LoRAConfig(enabled=False)
+    thing = CLIPLoRAWrapper(OwnClip(folder), config).apply_lora_to_federated_model()
+    with pytest.raises(
+        FedloraError, match=r"there is no adapter to save.*lora\.enabled|lora\.enabled.*to save"
+    ):
+        models.save_model(thing, "one")
 
 
 def test_an_adapter_that_is_not_there_or_not_on(models: LoRAModelManager) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 from fedlora.errors import FedloraError
+from fedlora.files import expand
 from fedlora.modules.plain_config import from_plain, is_plain
 from fedlora.run_folder import RunFolder
 
@@ -39,7 +40,7 @@ def find_config(name: str) -> str:
     Raises:
         FedloraError: when it is in neither; lists what is shipped.
     """
-    path = Path(name).expanduser()
+    path = expand(name, "--config")
     if path.exists() or path.is_absolute():
         if not path.is_file():
             raise FedloraError(f"--config {name}: there is no such file. Check the path.")
@@ -71,7 +72,12 @@ def _ours(path: str) -> str:
         f"{path}: model and lora are read as model.* and model.lora.*; all else keeps its default.",
         file=sys.stderr,
     )
-    return json.dumps(mapped)
+    try:
+        return json.dumps(mapped)
+    except (TypeError, ValueError) as error:  # a date, or an anchor with an alias of itself in it
+        raise FedloraError(
+            f"{path}: model and lora must hold plain values ({error}). Write them out."
+        ) from error
 
 
 def complete(args: Sequence[str]) -> list[str]:
@@ -112,6 +118,7 @@ def explain(error: Exception, known: Iterable[str]) -> str:
     """
     text = " ".join(str(error).split())
     keys = re.findall(r'Parser key "([^"]+)"', text)
+    given = re.search(r" Given value: (.*)$", text)
     text = re.split(r" - Expected a <class 'NoneType'>| Given value type: ", text)[0]
     text = re.sub(
         r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text
@@ -127,6 +134,10 @@ def explain(error: Exception, known: Iterable[str]) -> str:
         r"Expected a <class '(\w+)'>\. Got value: (.*)", r"should be of type \1 but got \2", text
     )
     text = re.sub(r"^Expected a dot import path string: (.*)", r"there is no class \1", text)
+    if given:
+        text = _of_type(text, given[1])
+    # What is left says what can be mended; the other members of a union do not.
+    text = re.sub(r" - Expected a <class '\w+'>.*", "", text)
     unknown = re.search(
         r"(?:arguments: --|option '|Option '|invalid choice: '|no class |attribute ')([\w.]+)", text
     )
@@ -134,6 +145,17 @@ def explain(error: Exception, known: Iterable[str]) -> str:
     line = f"{where}: {text}" if where else text
     close = _close(unknown[1], known) if unknown else []
     return line.rstrip(".") + (f". Did you mean {' or '.join(close)}?" if close else ".")
+
+
+def _of_type(text: str, value: str) -> str:
+    """The members of a union that a value is none of, "Expected a <class '…'>" each, in words."""
+    member = r"Expected a <class '(\w+)'>"
+    if not re.fullmatch(rf"{member}(?: - {member})*", text):
+        return text
+    kinds = list(dict.fromkeys(re.findall(member, text)))
+    if set(kinds) <= {"list", "tuple", "set"}:
+        return f"should be a list such as [{value}] but got {value}"
+    return f"should be of type {' or '.join(kinds)} but got {value}"
 
 
 def _close(name: str, known: Iterable[str]) -> list[str]:

@@ -22,6 +22,25 @@ _WRITE_FAILED = re.compile(
 )
 
 
+def expand(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """A path with ``~`` and ``~user`` as what they stand for.
+
+    Args:
+        path: as the user wrote it.
+        name: how messages call it.
+
+    Raises:
+        FedloraError: where nobody knows that home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FedloraError(
+            f"{name} {str(path)!r}: there is no home folder for {Path(path).parts[0]!r}. Write the "
+            "path in full."
+        ) from error
+
+
 @contextmanager
 def clear_os_errors(path: Path) -> Iterator[None]:
     """Turn a full disk or an unwritable folder into one clear line that names ``path``."""
@@ -136,6 +155,8 @@ def _remove(path: Path) -> None:
 
 def present(folder: Path) -> Path:
     """Where a swapped folder is: itself, or its old version after a kill between two renames."""
+    if not folder.name:  # the root, or the working folder as "."
+        return folder
     old = _old(folder)
     return old if old.is_dir() and not folder.exists() else folder
 

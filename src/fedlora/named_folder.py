@@ -12,7 +12,7 @@ from pathlib import Path
 from platformdirs import user_data_path
 
 from fedlora.errors import FedloraError
-from fedlora.files import clear_os_errors, present, recover, sweep
+from fedlora.files import clear_os_errors, expand, present, recover, sweep
 
 # No separator and no dot in front: a name cannot lead out of the folder or hide in it.
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
@@ -31,7 +31,7 @@ class NamedFolder:
     suffix = ""
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        root = user_data_path("fedlora") if folder is None else Path(folder).expanduser()
+        root = user_data_path("fedlora") if folder is None else expand(folder, "folder")
         self.folder = root / self.subfolder
 
     def exists(self, name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -16,9 +16,6 @@ from fedlora.files import write_text
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.plain_config import refuse_unknown
 from fedlora.named_folder import NamedFolder
-
-if TYPE_CHECKING:
-    from fedlora.modules.lora import LoRAWrapper
 
 
 class LoRAConfigManager(NamedFolder):
@@ -49,9 +46,11 @@ class LoRAConfigManager(NamedFolder):
         if not isinstance(config, LoRAConfig):
             raise FedloraError(f"config must be a LoRAConfig, got {type(config).__name__}.")
         config.validate()
+        # In JSON numpy's floats, which YAML refuses, are like Python's.
+        plain = json.loads(json.dumps(config.to_dict()))
         with self.writing():
             path = self.make_room(name, overwrite)
-            write_text(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+            write_text(path, yaml.safe_dump(plain, sort_keys=False))
         return path
 
     def load_config(self, name: str) -> LoRAConfig:
@@ -64,7 +63,7 @@ class LoRAConfigManager(NamedFolder):
         path = self.find(name)
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
             raise FedloraError(f"{path} cannot be read: {reason}. Save the config anew.") from error
         if not isinstance(content, dict):
@@ -121,9 +120,10 @@ class LoRAModelManager(NamedFolder):
                 numbers, and where the adapter is not on.
         """
         from fedlora.export import export_adapter
+        from fedlora.modules.saved import wrapper_of
 
         self.path(name)
-        lora = _wrapper(wrapper_or_model)
+        lora = wrapper_of(wrapper_or_model)
         if not lora.config.enabled:
             raise FedloraError(
                 "there is no adapter to save: LoRA is off (lora.enabled=false), all weights are "
@@ -147,9 +147,9 @@ class LoRAModelManager(NamedFolder):
             FedloraError: where there is none of this name (with the nearest), it is damaged, or it
                 does not fit, naming each difference; nothing is changed then.
         """
-        from fedlora.modules.saved import load_adapter
+        from fedlora.modules.saved import load_adapter, wrapper_of
 
-        lora = _wrapper(wrapper_or_model)
+        lora = wrapper_of(wrapper_or_model)  # before the folder is looked for
         with self.reading():
             load_adapter(self.find(name), lora)
 
@@ -188,18 +188,6 @@ class LoRAModelManager(NamedFolder):
         names = {"config": "lora", "version": "fedlora"}
         asked = ("base_model", "config", "counts", "bytes", "created", "metrics", "version")
         return {"name": name, **{key: told.get(names.get(key, key)) for key in asked}}
-
-
-def _wrapper(thing: Any) -> LoRAWrapper:
-    from fedlora.modules.lora import LoRAWrapper
-
-    found = thing if isinstance(thing, LoRAWrapper) else getattr(thing, "lora_wrapper", None)
-    if not isinstance(found, LoRAWrapper):
-        raise FedloraError(
-            f"expected a LoRAWrapper or an object that one wraps, got {type(thing).__name__}, "
-            "which knows of none. Wrap it with CLIPLoRAWrapper and apply that first."
-        )
-    return found
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:

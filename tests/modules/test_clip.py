@@ -150,10 +150,10 @@ def test_checkpointing_can_be_switched_on_and_off(folder: Path, images: Tensor) 
         ({"class_names": None}, "num_classes is needed where there are no class_names"),
         ({"num_classes": 4}, "num_classes is 4 but there are 3 class names"),
         ({"class_names": None, "num_classes": 3, "head": "text"}, "the text head needs"),
-        ({"class_names": None, "num_classes": 0}, "num_classes must be at least 1, got 0"),
-        ({"class_names": []}, "num_classes must be at least 1, got 0"),
+        ({"class_names": None, "num_classes": 0}, "num_classes must be at least 2, got 0"),
+        ({"class_names": []}, "num_classes must be at least 2, got 0"),
         ({"head": "linaer"}, "head should be one of linear, text but got 'linaer'"),
-        ({"templates": []}, "templates must be at least one prompt"),
+        ({"templates": []}, "templates must be a list of at least one prompt"),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, object], message: str) -> None:

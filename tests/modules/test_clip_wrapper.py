@@ -7,6 +7,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from fedlora.errors import FedloraError
+from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_targets import targets_in
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
@@ -140,7 +141,7 @@ def test_a_linear_head_travels_and_a_text_head_does_not(folder: Path) -> None:
 
 
 def test_target_components_may_be_given_as_an_argument(folder: Path) -> None:
-    model = adapted(folder, enabled=False).federated
+    model = FederatedCLIPModel(folder, class_names=NAMES)
     config = LoRAConfig(r=2)
     lora = CLIPLoRAWrapper(model, config, target_components=["encoder"], towers="vision").apply()
     assert set(lora.layers) == names("vision", MLP)

@@ -31,18 +31,19 @@ from fedlora.modules.config import LoRAConfig
         (
             "target_components",
             ["decoder"],
-            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got "
+            "lora.target_components should be a list of 'encoder', 'classifier' or both but got "
             "['decoder'].",
         ),
         (
             "target_components",
             [],
-            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got [].",
+            "lora.target_components should be a list of 'encoder', 'classifier' or both but got "
+            "[].",
         ),
         (
             "target_components",
             "encoder",
-            "lora.target_components should be ['encoder'] or ['encoder', 'classifier'] but got "
+            "lora.target_components should be a list of 'encoder', 'classifier' or both but got "
             "'encoder'.",
         ),
         ("enabled", "yes", "lora.enabled must be true or false, got 'yes'."),
@@ -51,7 +52,8 @@ from fedlora.modules.config import LoRAConfig
         (
             "target_modules",
             "fc1",
-            "lora.target_modules must be a list of names or null, got 'fc1'.",
+            "lora.target_modules must be a list of names, or null for the inferred ones, got "
+            "'fc1'.",
         ),
         ("layers", [0, "1"], "lora.layers must be a list of whole numbers or null, got [0, '1']."),
     ],
@@ -74,14 +76,6 @@ def test_fields_may_be_assigned_and_are_checked_when_asked() -> None:
     config.r = 0
     with pytest.raises(FedloraError, match=r"lora\.r"):
         config.validate()
-
-
-@pytest.mark.parametrize(
-    ("r", "rslora", "expected"),
-    [(4, False, 8.0), (16, False, 2.0), (4, True, 16.0), (16, True, 8.0)],  # of 32
-)
-def test_scaling(r: int, rslora: bool, expected: float) -> None:
-    assert LoRAConfig(r=r, lora_alpha=32, use_rslora=rslora).scaling == expected
 
 
 def test_for_clip_model_is_the_mlp_of_every_block() -> None:

@@ -109,6 +109,25 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         create_model(str(tmp_path / "broken.yaml"))
 
 
+def test_a_home_folder_that_nobody_has() -> None:
+    with pytest.raises(FedloraError, match="config '~nosuchuser/x': there is no home folder for"):
+        create_model("~nosuchuser/x")
+
+
+@pytest.mark.parametrize("text", ["model: &a {x: *a}", "lora: &a [*a]", f"{'[' * 2000}"])
+def test_a_file_that_contains_itself(tmp_path: Path, text: str) -> None:
+    (tmp_path / "round.yaml").write_text(text)
+    with pytest.raises(FedloraError, match=r"round\.yaml has a section that contains itself"):
+        create_model(tmp_path / "round.yaml")
+
+
+def test_an_object_that_contains_itself() -> None:
+    config = SimpleNamespace(model=SimpleNamespace())
+    config.model.parent = config
+    with pytest.raises(FedloraError, match=r"the config has a section that contains itself"):
+        create_model(config)
+
+
 def test_quick_clip_lora_checks_before_it_loads() -> None:
     with pytest.raises(FedloraError, match=r"lora\.r must be"):
         quick_clip_lora("/never/read", num_classes=10, lora_r=0)

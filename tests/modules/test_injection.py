@@ -184,7 +184,7 @@ def test_a_model_without_layers_to_adapt(net: nn.Module) -> None:
 
 
 def test_an_empty_list_in_the_settings() -> None:
-    with pytest.raises(FedloraError, match=r"must name at least one layer, got \[\]"):
+    with pytest.raises(FedloraError, match=r"null for the inferred ones, got \[\]"):
         LoRAWrapper(make_net("mlp"), LoRAConfig(target_modules=[]))
 
 

@@ -80,6 +80,11 @@ def test_a_folder_under_home_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert load_clip(f"~/{folder.name}").config.projection_dim == 20
 
 
+@pytest.mark.parametrize("load", [*LOADERS, load_config, empty_clip])
+def test_a_home_folder_that_nobody_has(load: Callable[[str], object]) -> None:
+    assert "there is no home folder for '~nosuchuser'" in line(load, "~nosuchuser/x")
+
+
 def test_settings_inside_a_processor_config_are_found(copy: Path) -> None:
     inner = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").unlink()

@@ -23,13 +23,13 @@ def same(one: list[Any], two: list[Any]) -> bool:
 
 
 def test_there_and_back() -> None:
-    base, factors, head = parameters(3), parameters(2), parameters(1)
+    base, factors, head = parameters(2), parameters(2), parameters(1)
     sgd = torch.optim.SGD([*base, *head], lr=0.1, momentum=0.9)
     for parameter in (*base, *head):
         parameter.grad = torch.ones(2)
     sgd.step()
     momenta = {id(p): sgd.state[p]["momentum_buffer"] for p in base}
-    both = Optimizers(base, factors)
+    both = Optimizers(base, factors, base)
     both.train_adapter([sgd])
     assert same(held(sgd), [[*head, *factors]])
     assert set(sgd.state) == set(head)
@@ -48,7 +48,7 @@ def test_a_factor_joins_the_group_of_its_weight() -> None:
 
 def test_nothing_is_put_in_twice() -> None:
     base, factors = parameters(2), parameters(2)
-    both = Optimizers(base, factors)
+    both = Optimizers(base, factors, base)
     both.train_adapter([])
     late = torch.optim.SGD([*base, *factors], lr=0.1)
     both.train_base([late])
@@ -58,7 +58,7 @@ def test_nothing_is_put_in_twice() -> None:
 def test_names_of_parameters_go_along() -> None:
     base, factors = parameters(2), parameters(2)
     adam = torch.optim.AdamW([("x", base[0]), ("y", base[1])])
-    both = Optimizers(base, factors)
+    both = Optimizers(base, factors, base)
     both.train_adapter([adam])
     assert len(adam.param_groups[0]["param_names"]) == 2
     both.train_base([adam])
@@ -69,8 +69,19 @@ def test_two_that_hold_none_of_the_base() -> None:
     made = [torch.optim.SGD(parameters(1), lr=0.1) for _ in range(2)]
     before = [list(group) for group in held(*made)]
     with pytest.raises(FedloraError, match="there are 2 optimizers"):
-        Optimizers(parameters(1), parameters(1)).train_adapter(made)
+        Optimizers(
+            parameters(1), parameters(1), parameters(1), [p for group in before for p in group]
+        ).train_adapter(made)
     assert same(held(*made), before)
+
+
+def test_an_optimizer_of_something_else_is_left_alone() -> None:
+    other, head = (torch.optim.SGD(parameters(1), lr=0.1) for _ in range(2))
+    base, factors, beside = parameters(1), parameters(1), held(head)[0]
+    before = [list(beside), *held(other)]
+    Optimizers(base, factors, base, before[0]).train_adapter([other, head])
+    assert same(held(head), [[*before[0], *factors]])
+    assert same(held(other), before[1:])
 
 
 def test_an_error_undoes_attributes_and_optimizers() -> None:

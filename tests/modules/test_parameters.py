@@ -55,8 +55,8 @@ def test_what_does_not_fit_changes_nothing(wrong: dict[Any, Any], message: str) 
 
 
 def test_a_missing_name_and_another_format() -> None:
-    with pytest.raises(FedloraError, match=r"things do not fit .* 'b' is missing\."):
-        fill(own(), {"a": torch.ones(2)}, "things")
+    with pytest.raises(FedloraError, match=r"parameters do not fit .* 'b' is missing\."):
+        fill(own(), {"a": torch.ones(2)})
     with pytest.raises(FedloraError, match=r"must be a dict of name -> tensor, .* got list"):
         fill(own(), [1])
 

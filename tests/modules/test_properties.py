@@ -75,7 +75,7 @@ def counts(model: FederatedCLIPModel, case: dict[str, Any]) -> tuple[int, int, i
     components, r, bias = lora["target_components"], lora["r"], lora["bias"]
     blocks = LAYERS if lora["layers"] in (None, [0, 1]) else 1
     towers = ["vision"] if case["towers"] == "vision" else ["vision", "text"]
-    factors, biases = {}, 0
+    factors, biases = {}, dict.fromkeys(("vision", "text", "head"), 0)
     for tower in towers if "encoder" in components else []:
         width, inner = WIDTHS[tower]
         mlp, attention = 2 * (width + inner), 4 * 2 * width
@@ -84,21 +84,28 @@ def counts(model: FederatedCLIPModel, case: dict[str, Any]) -> tuple[int, int, i
             * blocks
             * {"mlp": mlp, "attention": attention}.get(lora["placement"], mlp + attention)
         )
-        biases += blocks * {"mlp": inner + width, "attention": 4 * width}.get(
+        biases[tower] = blocks * {"mlp": inner + width, "attention": 4 * width}.get(
             lora["placement"], inner + 5 * width
         )
     if "classifier" in components:
         rank = 8 if "encoder" in components else r
         factors["head"] = rank * (DIM + len(NAMES))
-        biases += len(NAMES)
+        biases["head"] = len(NAMES)
     if bias == "all":
-        biases = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias"))
-    full = 0 if bias == "none" else biases
+        for part, prefix in (("vision", "clip.vis"), ("text", "clip.text"), ("head", "classifier")):
+            named = (p for n, p in model.named_parameters() if n.startswith(prefix) and "bias" in n)
+            biases[part] = sum(parameter.numel() for parameter in named)
+        if case["towers"] == "vision":  # the text tower is not touched at all
+            biases["text"] = 0
+    if bias == "none":
+        biases = dict.fromkeys(biases, 0)
+    full = sum(biases.values())
     if case["head"] == "linear" and "classifier" not in components:
         # Trained in full, with its bias, whatever the setting.
         full += DIM * len(NAMES) + (0 if bias == "all" else len(NAMES))
     adapter = sum(factors.values())
-    idle = factors.get("text", 0) if case["towers"] is None and case["head"] == "linear" else 0
+    text = factors.get("text", 0) + biases["text"]
+    idle = text if case["towers"] is None and case["head"] == "linear" else 0
     return adapter, full, adapter + full - idle
 
 

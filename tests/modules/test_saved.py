@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers import CLIPModel, CLIPVisionModelWithProjection
 from fedlora.errors import FedloraError
 from fedlora.export import export_adapter
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
+from fedlora.modules.compatibility import _heads
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.saved import load_adapter, read_adapter
@@ -119,6 +123,54 @@ def test_the_folder_may_be_in_the_home_folder(
     assert_same(read_adapter("~/adapter").state, lora.state())
 
 
+@pytest.mark.parametrize("written", [".", Path(), "../adapter", "./../adapter/."])
+def test_the_folder_may_be_the_working_folder(
+    written: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = resnet()
+    shake(lora)
+    monkeypatch.chdir(save(lora, tmp_path / "adapter"))
+    fresh = resnet()
+    saved = load_adapter(written, fresh)
+    assert saved.folder.is_absolute()
+    assert_same(fresh.state(), lora.state())
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("", "adapter must be the path of a folder, got ''"),
+        (None, "adapter must be the path of a folder, got None"),
+        (b"x", "adapter must be the path of a folder, got b'x'"),
+        ("/", "/ is no adapter folder"),
+        ("gone", "adapter 'gone': there is no such folder"),
+        ("~nosuchuser/x", "adapter '~nosuchuser/x': there is no home folder for '~nosuchuser'"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("a\0b", "there is no such folder"),
+    ],
+)
+def test_what_cannot_be_a_folder(written: Any, said: str) -> None:
+    with pytest.raises(FedloraError) as error:
+        read_adapter(written)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_wrapped_object_is_as_good_as_its_wrapper(folder: Path, tmp_path: Path) -> None:
+    lora = own(folder)
+    shake(lora)
+    save(lora, tmp_path / "adapter")
+    fresh = own(folder)
+    load_adapter(tmp_path / "adapter", fresh.federated)
+    assert_same(fresh.state(), lora.state())
+    with pytest.raises(FedloraError, match=r"lora\.enabled"):
+        load_adapter(tmp_path / "adapter", own(folder, enabled=False).federated)
+    with pytest.raises(
+        FedloraError, match=r"got OwnClip, which knows of none.*lora\.enabled=false"
+    ):
+        load_adapter(tmp_path / "adapter", OwnClip(folder, 3))
+
+
 # What plain PEFT wrote.
 
 
@@ -171,7 +223,11 @@ def test_half_precision_and_patterns_that_match(folder: Path, tmp_path: Path) ->
         CLIPVisionModelWithProjection,
         r=8,
         rank_pattern={"fc1": 3, "fc2": 3},
-        alpha_pattern={"fc1": 6, r"vision_model.*fc2": 6},
+        alpha_pattern={
+            "fc1": 6,
+            r"layers\.0.mlp\.fc2": 6,
+            r"^vision_model.encoder.layers.1.mlp.fc2$": 6,
+        },
     )
     file = tmp_path / "peft/adapter_model.safetensors"
     save_file({n: t.half() for n, t in load_file(file).items()}, file)
@@ -191,6 +247,10 @@ def test_half_precision_and_patterns_that_match(folder: Path, tmp_path: Path) ->
         ({"peft_type": "IA3"}, "peft_type 'IA3' (expected 'LORA')"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' (it changes the base weights)"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices=[1]"),
+        ({"rank_pattern": {"(a+)+[!?]": 3}}, "rank_pattern '(a+)+[!?]' (only names of layers"),
+        ({"alpha_pattern": {"fc1": 6, ".*fc2": 6}}, "alpha_pattern '.*fc2' (only names of layers"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern '(' (only names of layers"),
+        ({"rank_pattern": {"": 3}}, "rank_pattern '' (only names of layers"),
         ({"something_new": {"a": 1}}, "something_new={'a': 1}"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias=True, use_dora=True"),
     ],
@@ -319,8 +379,20 @@ def test_classes_in_another_order_are_other_classes(folder: Path, tmp_path: Path
 def test_a_head_of_another_shape(folder: Path, tmp_path: Path) -> None:
     save(own(folder, classes=4), tmp_path / "adapter")
     message = differences(tmp_path / "adapter", own(folder))
-    assert "head.weight has shape (4, 20) there, (3, 20) here" in message
-    assert "head.bias has shape (4,) there, (3,) here" in message
+    todo = "(it has 4 classes: use the data it was trained on)"
+    assert f"head.weight has shape (4, 20) there, (3, 20) here {todo}" in message
+    assert f"head.bias has shape (4,) there, (3,) here {todo}" in message
+
+
+def test_other_tensors_of_another_shape(tmp_path: Path) -> None:
+    save(resnet(), tmp_path / "adapter")
+    lora = resnet()
+    state = lora.state()
+    name, value = next((n, t) for n, t in state.other.items() if t.ndim)
+    wrong = replace(state, other={**state.other, name: torch.cat([value, value])})
+    export_adapter(tmp_path / "adapter", lora, wrong, {})
+    message = differences(tmp_path / "adapter", lora)
+    assert re.search(rf"{name} has shape .* here \(use the model that it was trained on\)", message)
 
 
 def test_another_weight_below_a_head_with_lora(folder: Path, tmp_path: Path) -> None:
@@ -336,6 +408,23 @@ def test_another_weight_below_a_head_with_lora(folder: Path, tmp_path: Path) -> 
     assert "the weight of the head 'classifier' below LoRA has other values" in message
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("halved", ["there", "here"])
+def test_a_head_with_lora_in_half_precision(
+    halved: str, half: torch.dtype, folder: Path, tmp_path: Path
+) -> None:
+    components = ["encoder", "classifier"]
+    there, here = (adapted(folder, target_components=components) for _ in range(2))
+    shake(there)
+    (there if halved == "there" else here).federated.to(half)
+    save(there, tmp_path / "adapter")
+    assert list(_heads(read_adapter(tmp_path / "adapter"), here)) == []
+    with torch.no_grad():
+        here.layers["classifier"].get_base_layer().weight.mul_(1.05)
+    (message,) = _heads(read_adapter(tmp_path / "adapter"), here)
+    assert "has other values" in message
+
+
 def test_a_text_head_has_no_use_for_a_linear_one(folder: Path, tmp_path: Path) -> None:
     lora = adapted(folder)
     shake(lora)
@@ -347,10 +436,10 @@ def test_a_text_head_has_no_use_for_a_linear_one(folder: Path, tmp_path: Path) -
 
 def test_a_tower_that_the_head_leaves_idle_may_be_missing(folder: Path, tmp_path: Path) -> None:
     lora = CLIPLoRAWrapper(
-        adapted(folder, towers="both", enabled=False).federated,
+        adapted(folder, towers="both", enabled=False).unload(),
         LoRAConfig(r=3, lora_alpha=6, lora_dropout=0.0),
     ).apply()
-    assert lora.idle
+    assert lora.idle_text
     shake(lora)
     save(lora, tmp_path / "adapter")
     load_adapter(tmp_path / "adapter", adapted(folder))  # vision only
@@ -467,7 +556,9 @@ def test_damaged_json(name: str, content: str, folder: Path, tmp_path: Path) -> 
         ({"r": None}, "no usable r"),
         ({"r": 0}, "no usable r"),
         ({"lora_alpha": "much"}, "no usable r"),
-        ({"rank_pattern": {"(": 3}}, "no usable r"),
+        ({"lora_alpha": 10**400}, r"no usable r and lora_alpha \(OverflowError\)"),
+        ({"lora_alpha": math.inf}, "no usable r"),
+        ({"lora_alpha": math.nan}, "no usable r"),
         ({"rank_pattern": [1]}, "no usable r"),
     ],
     ids=str,
@@ -510,6 +601,57 @@ def test_factors_that_are_no_pair(folder: Path, tmp_path: Path) -> None:
     save_file(tensors, file)
     with pytest.raises(FedloraError, match=f"the factors of {FC1} are not a pair"):
         read_adapter(tmp_path / "peft")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 24), (3, 24, 1, 1)])
+def test_factors_of_another_shape(shape: tuple[int, ...], folder: Path, tmp_path: Path) -> None:
+    peft_adapter(folder, tmp_path / "peft")
+    file = tmp_path / "peft/adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[f"base_model.model.{FC1}.lora_A.weight"] = torch.ones(shape)
+    save_file(tensors, file)
+    if len(shape) == 4:  # that of a convolution of 1 x 1, which is the same
+        assert read_adapter(tmp_path / "peft").state.A[FC1].shape == (3, 24)
+        return
+    with pytest.raises(FedloraError, match=f"the factors of {FC1} are not a pair"):
+        read_adapter(tmp_path / "peft")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"lora": 5}, "lora in fedlora.json is 5"),
+        ({"lora": [1]}, "lora in fedlora.json is [1]"),
+        ({"lora": {"target_components": 5}}, "lora.target_components in fedlora.json is 5"),
+        ({"class_names": 5}, "class_names in fedlora.json is 5"),
+        ({"class_names": "abc"}, "class_names in fedlora.json is 'abc'"),
+        ({"head_lora": 3}, "head_lora in fedlora.json is 3"),
+        ({"head_lora": {"layer": "x", "scaling": 10**400}}, "do not agree on the head"),
+        ({"head_lora": {"layer": "x", "scaling": math.nan}}, "do not agree on the head"),
+        ({"lora": 5, "class_names": 5}, "lora in fedlora.json is 5; class_names in"),
+        ({"sha256": {"x" * 300: ""}}, "cannot be read (File name too long)"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_fedlora_json_with_values_of_other_types(
+    change: dict[str, Any], said: str, folder: Path, tmp_path: Path
+) -> None:
+    lora = adapted(folder, target_components=["encoder", "classifier"])
+    file = save(lora, tmp_path / "adapter") / "fedlora.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    message = differences(tmp_path / "adapter", lora)
+    assert said in message
+    assert "damaged" in message
+
+
+@pytest.mark.parametrize("change", [{"lora": None}, {"class_names": None}, {"head_lora": None}])
+def test_what_fedlora_json_may_leave_open(
+    change: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    lora = adapted(folder)
+    file = save(lora, tmp_path / "adapter") / "fedlora.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert_same(read_adapter(tmp_path / "adapter").state, lora.state())
 
 
 def test_no_file_from_outside_of_the_folder(folder: Path, tmp_path: Path) -> None:

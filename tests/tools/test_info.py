@@ -292,7 +292,7 @@ WRONG = [
     (["--model.lora.placement=mpl"], 2, "should be one of 'mlp', 'attention', 'all' but got mpl"),
     (["--model.lora.r=0"], 1, "lora.r must be a whole number from 1, got 0"),
     (["--model.num_classes=0"], 1, "model.num_classes must be at least 1, got 0"),
-    (["--model.lora.target_components=[classifier]"], 1, "needs model.num_classes"),
+    (["--model.lora.target_components=[classifier]"], 1, "Add --model.num_classes=N"),
     (["--model.lora.target_modules=[fc9]"], 1, "There are: mlp.fc1, mlp.fc2"),
     (["--model.model_name=./nothing"], 1, "there is no such folder"),
     (["--model.model_name=blip"], 1, "is a 'blip' model; supported: CLIP"),

@@ -30,6 +30,10 @@ LIBRARIES = frozenset(
         "fedlora",
     ]
 )
+LONGEST = 1000  # a longer list or dict holds data, not models
+# Children of a CLIP that are of torch's classes.
+PARTS = ("visual_projection", "text_projection", "pre_layrnorm", "post_layernorm")
+HOLDERS = (nn.Module, dict, list, tuple, set, frozenset, LRScheduler)
 FOUND = (nn.Parameter, torch.optim.Optimizer)
 
 
@@ -62,8 +66,20 @@ class Anatomy:
         Raises:
             FedloraError: where it holds no CLIP that transformers made, or more than one.
         """
+        found = cls._collect(thing, _walk(thing))
+        clips = found._clips()
+        if len(clips) > 1:
+            # A client may know its server, and that the other clients: what is its own counts.
+            nearer = cls._collect(thing, _walk(thing, own=True))
+            if len(nearer._clips()) == 1:
+                found, clips = nearer, nearer._clips()
+        found.clip_path, found.clip = _the_only(thing, clips)
+        return found
+
+    @classmethod
+    def _collect(cls, thing: object, parts: Iterator[tuple[str, Any]]) -> Anatomy:
         found = cls(thing)
-        for path, value in _walk(thing):
+        for path, value in parts:
             if isinstance(value, nn.Module):
                 found.places.append((path, value))
             elif isinstance(value, nn.Parameter):
@@ -72,16 +88,27 @@ class Anatomy:
                 found.optimizers.append(value)
         first = {id(module): path for path, module in reversed(found.places)}
         found.modules = {path: m for path, m in found.places if first[id(m)] == path}
-        clips: dict[int, tuple[str, nn.Module]] = {}
-        for prefix, module in found.modules.items():
-            for path, clip in _topmost(module, prefix):
-                clips.setdefault(id(clip), (path, clip))
-        found.clip_path, found.clip = _the_only(thing, list(clips.values()))
         return found
+
+    def _clips(self) -> list[tuple[str, nn.Module]]:
+        found: dict[int, tuple[str, nn.Module]] = {}
+        for prefix, module in self.modules.items():
+            for path, clip in _topmost(module, prefix):
+                found.setdefault(id(clip), (path, clip))
+        return list(found.values())
+
+    def inner(self) -> list[nn.Module]:
+        """The CLIP and the modules in it that transformers made; a head may hang there too."""
+        parts = [m for n, m in self.clip.named_children() if _is_part(n, m)]
+        return [self.clip, *(module for part in parts for module in part.modules())]
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The CLIP's parameters."""
+        return [p for m in self.inner() for p in m._parameters.values() if p is not None]
 
     def others(self) -> dict[str, nn.Module]:
         """Each module besides the CLIP's, by path in the object, once."""
-        seen = {id(module) for module in self.clip.modules()}
+        seen = {id(module) for module in self.inner()}
         found: dict[str, nn.Module] = {}
         for prefix, root in self.modules.items():
             for path, module in root.named_modules(prefix=prefix):
@@ -92,7 +119,7 @@ class Anatomy:
 
     def outside(self) -> dict[str, nn.Parameter]:
         """Parameters besides the CLIP's that want gradients, by path in the object."""
-        inside = {id(p) for p in self.clip.parameters()}
+        inside = {id(p) for p in self.own_parameters()}
         named: dict[str, nn.Parameter] = {}
         for path, module in self.others().items():
             for name, parameter in module.named_parameters(recurse=False):
@@ -115,8 +142,11 @@ def optimizers_in(thing: object) -> list[torch.optim.Optimizer]:
     return [value for _, value in _walk(thing) if isinstance(value, torch.optim.Optimizer)]
 
 
-def _walk(thing: object) -> Iterator[tuple[str, Any]]:
-    """Modules, parameters and optimizers in an object, the nearest first; modules each time."""
+def _walk(thing: object, own: bool = False) -> Iterator[tuple[str, Any]]:
+    """Modules, parameters and optimizers in an object, the nearest first; modules each time.
+
+    ``own``: without what other plain objects hold that it knows.
+    """
     queue: deque[tuple[str, object, int]] = deque([("", thing, 0)])
     seen: set[int] = set()
     while queue:
@@ -125,11 +155,14 @@ def _walk(thing: object) -> Iterator[tuple[str, Any]]:
         seen.add(id(value))
         if isinstance(value, nn.Module) or (isinstance(value, FOUND) and not known):
             yield path, value
-        if depth < DEPTH and not known:
+        foreign = own and depth > 0 and not isinstance(value, HOLDERS)
+        if depth < DEPTH and not known and not foreign:
             queue.extend((_join(path, name), v, depth + 1) for name, v in _parts(value))
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict | list | tuple | set | frozenset) and len(value) > LONGEST:
+        return
     if isinstance(value, dict):
         yield from ((str(key), item) for key, item in value.items())
     elif isinstance(value, list | tuple | set | frozenset):
@@ -154,6 +187,11 @@ def _slots(value: object) -> Iterator[tuple[str, object]]:
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _is_part(name: str, module: nn.Module) -> bool:
+    """Whether a child of a CLIP is its own, not somebody's head."""
+    return type(module).__module__.startswith("transformers.") or name in PARTS
 
 
 def _topmost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from operator import index
 from os import PathLike, fspath
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +30,17 @@ def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str]
     """The number of classes, when all that says it agrees."""
     if head not in ("linear", "text"):
         raise FedloraError(f"head should be one of linear, text but got {head!r}.")
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes is True):
+    if num_classes is not None and (
+        not isinstance(num_classes, SupportsIndex) or num_classes is True
+    ):
         raise FedloraError(f"num_classes must be a whole number, got {num_classes!r}.")
+    if isinstance(class_names, str):
+        raise FedloraError(f"class_names must be a list of names, got {class_names!r}.")
     if num_classes is None and class_names is None:
         raise FedloraError("num_classes is needed where there are no class_names. Give one.")
-    count = len(class_names or ()) if num_classes is None else num_classes
-    if count < 1:
-        raise FedloraError(f"num_classes must be at least 1, got {count}.")
+    count = len(class_names or ()) if num_classes is None else index(num_classes)
+    if count < 2:
+        raise FedloraError(f"num_classes must be at least 2, got {count}.")
     if class_names is not None and len(class_names) != count:
         raise FedloraError(
             f"num_classes is {count} but there are {len(class_names)} class names. Drop "
@@ -44,6 +49,22 @@ def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str]
     if head == "text" and class_names is None:
         raise FedloraError("the text head needs class_names, got none. Give them or head=linear.")
     return count
+
+
+def _check_templates(templates: Sequence[str]) -> None:
+    """Refuse what is no list of prompts with a place for the class name."""
+    if isinstance(templates, str) or not templates:
+        raise FedloraError(
+            f"templates must be a list of at least one prompt, got {templates!r}. Leave it out for "
+            f"{list(DEFAULT_TEMPLATES)}."
+        )
+    for template in templates:
+        rest = template.replace("{}", "", 1)
+        if rest == template or "{" in rest or "}" in rest:
+            raise FedloraError(
+                "templates must have exactly one {} each, where the class name goes, got "
+                f"{template!r}."
+            )
 
 
 class FederatedCLIPModel(FederatedClassifier):
@@ -63,7 +84,8 @@ class FederatedCLIPModel(FederatedClassifier):
         head: ``linear`` or ``text``.
         class_names: one per class; needed by the text head.
         templates: prompts with one ``{}`` for the class name; their embeddings are averaged.
-        keep_text_tower: keep the text tower where the head does not need it.
+        keep_text_tower: keep the text tower where the head does not need it; without it ``clip`` is
+            no whole CLIP any more, so its ``save_pretrained`` is of no use.
 
     Raises:
         FedloraError: for a model that cannot be had, or classes that do not fit.
@@ -82,8 +104,7 @@ class FederatedCLIPModel(FederatedClassifier):
         if not isinstance(model_name, str | PathLike):
             raise FedloraError(f"model_name must be a name or a path, got {model_name!r}.")
         model_name = fspath(model_name)
-        if not templates:
-            raise FedloraError("templates must be at least one prompt, got none. Leave them out.")
+        _check_templates(templates)
         preprocess = ImagePreprocess.from_config(load_preprocess_config(model_name))
         super().__init__(preprocess, count)
         self.model_name = model_name
@@ -108,6 +129,7 @@ class FederatedCLIPModel(FederatedClassifier):
             self.freeze_text(True)
             families.drop_text_tower(self.clip)
             self._prompts = {}
+        self.eval()  # as transformers loads a model
 
     def _linear_head(self) -> nn.Linear:
         head = nn.Linear(families.feature_dim(self.clip), self.num_classes)
@@ -188,6 +210,8 @@ class FederatedCLIPModel(FederatedClassifier):
                 not finite; nothing is changed then.
         """
         super().set_parameters(parameters)
+        if "clip.logit_scale" in parameters:  # it is no parameter of the head, which has its value
+            self.logit_scale = families.logit_scale(self.clip)
         if self.text_frozen and any(name.startswith("clip.text_") for name in parameters):
             self.freeze_text(True)
 

@@ -39,7 +39,8 @@ def targets_in(clip: nn.Module, config: LoRAConfig, towers: Sequence[str]) -> li
     ]
     blocks = [block for block in blocks if block[0] in towers]
     kinds = sorted({kind for _, _, kind, _ in blocks})
-    wanted = list(config.target_modules or PLACEMENTS[config.placement])
+    names = config.target_modules
+    wanted = list(PLACEMENTS[config.placement] if names is None else names)
     for target in wanted:
         if not any(matches(name, target) for *_, name in blocks):
             raise FedloraError(

@@ -13,8 +13,9 @@ from fedlora.modules.anatomy import Anatomy, optimizers_in
 from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_targets import head_target, targets_in
 from fedlora.modules.config import LoRAConfig
-from fedlora.modules.injection import Target, adapted_already
-from fedlora.modules.lora import LoRAWrapper
+from fedlora.modules.injection import Target, adapted_already, find_targets
+from fedlora.modules.learned import State
+from fedlora.modules.lora import LoRAWrapper, checked
 from fedlora.modules.optimizers import Optimizers
 from fedlora.modules.own_methods import OwnMethods
 from fedlora.state import AdapterState
@@ -52,31 +53,44 @@ class CLIPLoRAWrapper(LoRAWrapper):
         target_components: Sequence[str] | None = None,
         towers: Towers | None = None,
     ) -> None:
-        config = LoRAConfig() if lora_config is None else replace(lora_config)
+        config = checked(lora_config)
         if target_components is not None:
             config.target_components = list(target_components)
-        config.validate()
         if towers not in (None, "vision", "both"):
             raise FedloraError(f"towers should be one of vision, both but got {towers!r}.")
         self.federated = federated_clip_model
         self.anatomy = Anatomy.of(federated_clip_model)
-        self._refuse_adapted()
-        clip, other = self.anatomy.clip, self.anatomy.outside()
-        self.towers: Towers = towers or ("both" if hasattr(clip, "text_model") else "vision")
+        self._asked_towers = towers
+        self._head: Target | None = None
+        self._optimizers: Optimizers | None = None
+        self._marked = False
+        self._moved = False  # whether the base is no longer the one that was loaded
+        super().__init__(self.anatomy.clip, config)
+        self._methods = OwnMethods(self)
+
+    def _plan(self) -> tuple[list[Target], dict[str, nn.Parameter]]:
+        config, asked = self.config, self._asked_towers
+        self.anatomy = Anatomy.of(self.federated)
+        self.model, other = self.anatomy.clip, self.anatomy.outside()
+        self.towers: Towers = asked or ("both" if hasattr(self.model, "text_model") else "vision")
         prefixes = ("vision",) if self.towers == "vision" else ("vision", "text")
         encoder = config.enabled and "encoder" in config.target_components
-        names = targets_in(clip, config, prefixes) if encoder else []
-        self._head: Target | None = None
+        names = targets_in(self.model, config, prefixes) if encoder else []
+        targets = find_targets(self.model, config, names) if config.enabled else []
         if config.enabled and "classifier" in config.target_components:
             self._head = head = head_target(self.anatomy, config)
+            targets.append(head)
             other = {n: p for n, p in other.items() if n.rpartition(".")[0] != head.name}
-        super().__init__(clip, config, names, other)
-        self._targets += [] if self._head is None else [self._head]
-        unused = towers is None and not getattr(federated_clip_model, "uses_text_tower", True)
-        self.idle = frozenset(n for n in names if unused and n.startswith("text_model."))
-        self._optimizers: Optimizers | None = None
-        self._methods = OwnMethods(self)
-        self._marked = False
+        # A text tower that the head does not use travels where it was asked for.
+        ours = isinstance(self.federated, FederatedCLIPModel)
+        self.idle_text = asked is None and ours and not self.federated.uses_text_tower
+        return targets, other
+
+    def _adapts(self, path: str) -> bool:
+        return self.towers == "both" or not path.startswith("text_")
+
+    def _is_idle(self, path: str) -> bool:
+        return self.idle_text and path.startswith("text_")
 
     def apply_lora_to_federated_model(self) -> Any:
         """Inject the adapter and let the object work on it; returns the object.
@@ -88,25 +102,14 @@ class CLIPLoRAWrapper(LoRAWrapper):
         self.apply()
         return self.federated
 
-    def apply(self) -> CLIPLoRAWrapper:
-        """As :meth:`apply_lora_to_federated_model`; returns the wrapper."""
-        super().apply()
-        if not self.config.enabled:
-            if self.towers == "vision":
-                self._keep_vision_only()
-            self._tell_text()
-            return self
-        try:
-            self._probe()
-        except BaseException:
-            self.unload()
-            raise
-        return self
-
     def _adapted_where(self) -> str:
         known = getattr(self.federated, MARK, None)
-        if isinstance(known, CLIPLoRAWrapper) and known is not self and known.phase == "off":
-            return "its blocks, which are off now"
+        if (
+            isinstance(known, CLIPLoRAWrapper)
+            and known is not self
+            and known.phase in ("on", "off")
+        ):
+            return f"its wrapper, which is {known.phase} now"
         found = (adapted_already(module) for module in self.anatomy.modules.values())
         return next(filter(None, found), "")
 
@@ -119,7 +122,7 @@ class CLIPLoRAWrapper(LoRAWrapper):
 
     def _base(self) -> list[nn.Parameter]:
         head = [] if self._head is None else list(self._head.base.parameters())
-        return [*super()._base(), *head]
+        return [*self.anatomy.own_parameters(), *head]
 
     def _modules(self) -> list[tuple[str, nn.Module]]:
         modules = [*super()._modules(), *self.anatomy.others().items()]
@@ -140,21 +143,31 @@ class CLIPLoRAWrapper(LoRAWrapper):
 
     def exchanged(self) -> dict[str, Tensor]:
         """What is learned and used, by name, itself; a tower that the head leaves idle is not."""
-        idle = {f"{name}.lora_{factor}" for name in self.idle for factor in "AB"}
-        return {name: t for name, t in super().exchanged().items() if name not in idle}
+        return {n: t for n, t in super().exchanged().items() if not self._is_idle(n)}
 
     def state(self) -> AdapterState:
         """As in LoRAWrapper, without a tower that the head leaves idle."""
         state = super().state()
-        A, B = ({n: t for n, t in f.items() if n not in self.idle} for f in (state.A, state.B))
-        used: AdapterState = replace(state, A=A, B=B)
+        A, B, other = (
+            {n: t for n, t in part.items() if not self._is_idle(n)}
+            for part in (state.A, state.B, state.other)
+        )
+        used: AdapterState = replace(state, A=A, B=B, other=other)
         return used
 
     def describe(self) -> dict[str, Any]:
         """What a saved adapter must say about the model that it belongs to: JSON."""
         ours = isinstance(self.federated, FederatedCLIPModel)
         about = self.federated.describe() if ours else super().describe()
+        if ours and self.config.enabled and self._moved:
+            about["base_model_sha256"] = self._base_sha256()
         return {**about, "towers": self.towers}
+
+    def base_was_set(self) -> None:
+        """Take the base as it is now for the pristine one."""
+        super().base_was_set()
+        self._moved = True
+        self._tell_text()
 
     def roots(self) -> list[nn.Module]:
         """Every module through which the object may look at what is learned."""
@@ -162,36 +175,39 @@ class CLIPLoRAWrapper(LoRAWrapper):
         # An adapted head may be an attribute of a plain object, below no module.
         return [*self.anatomy.modules.values(), *head]
 
-    def exchanges_all(self) -> bool:
-        """Whether the whole model travels, as without an adapter."""
-        return self._whole()
-
-    def _probe(self) -> None:
+    def _check(self) -> None:
         """Make sure that the object's own method sees the adapter."""
-        other = sum(t.numel() for t in self._own("other").values())
-        adapter = sum(t.numel() for t in self.exchanged().values()) - other
-        self._methods.refuse_blind(adapter, other, sum(p.numel() for p in self._originals.base))
+        if not self.config.enabled:
+            return
+        factors = {id(p) for part in ("A", "B") for p in self.parameters[part].values()}
+        travels = self.exchanged().values()
+        adapter = sum(t.numel() for t in travels if id(t) in factors)
+        other = sum(t.numel() for t in travels) - adapter
+        self._methods.check(adapter, other, sum(p.numel() for p in self._originals.base))
 
     # Off, on, away.
 
     def _hang_in(self) -> None:
         super()._hang_in()
-        self._tell_text()
-        if not self.config.enabled:
-            return
-        if self._optimizers is None:
-            factors = [(n, p) for part in ("A", "B") for n, p in self.parameters[part].items()]
-            weights = [self.layers[name].get_base_layer().weight for name, _ in factors]
-            self._optimizers = Optimizers(self._originals.base, [p for _, p in factors], weights)
-        try:
+        if self.config.enabled:
+            if self._optimizers is None:
+                self._optimizers = self._make_optimizers()
             self._optimizers.train_adapter(optimizers_in(self.federated))
             self._methods.stand_before()
-        except BaseException:
-            self.unload()
-            raise
+        elif self.towers == "vision":
+            self._keep_vision_only()
+        self._tell_text()
+        ours = isinstance(self.federated, FederatedCLIPModel)
+        self._moved = ours and self.federated.moved
         if not hasattr(self.federated, MARK):
             vars(self.federated)[MARK] = self
             self._marked = True
+
+    def _make_optimizers(self) -> Optimizers:
+        factors = [(n, p) for part in ("A", "B") for n, p in self.parameters[part].items()]
+        weights = [self.layers[name].get_base_layer().weight for name, _ in factors]
+        beside = self.anatomy.outside().values()
+        return Optimizers(self._originals.base, [p for _, p in factors], weights, beside)
 
     def _take_out(self) -> None:
         super()._take_out()
@@ -199,25 +215,30 @@ class CLIPLoRAWrapper(LoRAWrapper):
             self._optimizers.train_base(optimizers_in(self.federated))
         self._methods.step_back()
         self._tell_text()
+        if isinstance(self.federated, FederatedCLIPModel):
+            # The base was frozen meanwhile, whatever the model did.
+            self.federated.moved = self._moved or not self.config.enabled
 
     def _tell_text(self) -> None:
         """Say whether the text tower moves, to a model that keeps its features."""
-        tell = getattr(self.federated, "freeze_text", None)
-        if callable(tell):
-            tell(not any(p.requires_grad for n, p in self.model.named_parameters() if "text_" in n))
+        if isinstance(self.federated, FederatedCLIPModel):
+            text = (p for n, p in self.model.named_parameters() if n.startswith("text_"))
+            self.federated.freeze_text(not any(p.requires_grad for p in text))
 
     def unload(self) -> Any:
         """Undo everything: the original object, bit-identical; returns it."""
         super().unload()
-        return self._farewell()
+        return self.federated
 
     def merge_and_unload(self) -> Any:
         """Add the adapter to the weights: the object, plain again, with the same predictions."""
         super().merge_and_unload()
-        return self._farewell()
+        if isinstance(self.federated, FederatedCLIPModel):
+            self.federated.moved = True
+        return self.federated
 
-    def _farewell(self) -> Any:
+    def _leave(self, phase: State) -> None:
+        super()._leave(phase)
         if self._marked:
             vars(self.federated).pop(MARK, None)
             self._marked = False
-        return self.federated

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from fedlora.modules.clip import FederatedCLIPModel
+from fedlora.modules.clip_targets import HEADS
 from fedlora.state import AdapterState
 
 if TYPE_CHECKING:
     from fedlora.modules.lora import LoRAWrapper
     from fedlora.modules.saved import SavedAdapter
 
-# A zero-shot head is computed where it is built: another machine rounds it differently.
+# A zero-shot head is computed where it is built: another machine rounds it differently. A type
+# whose own steps are wider is compared by those.
 CLOSE = 1e-4
+SAME = "(use the model that it was trained on)"
 
 
 def heads(lora: LoRAWrapper) -> list[str]:
@@ -106,7 +109,7 @@ def _heads(saved: SavedAdapter, lora: LoRAWrapper) -> list[str]:
         return []
     if there is None or here is None:
         with_lora, without = ("there", "here") if here is None else ("here", "there")
-        components = saved.told.get("lora", {}).get("target_components", ["encoder"])
+        components = saved.settings.get("target_components") or ["encoder"]
         return [
             f"the head {there or here!r} has LoRA {with_lora} and none {without} (set "
             f"lora.target_components={list(components)})"
@@ -125,9 +128,13 @@ def _heads(saved: SavedAdapter, lora: LoRAWrapper) -> list[str]:
 
 
 def _unlike(what: str, there: Tensor, here: Tensor) -> Iterator[str]:
+    close = max(CLOSE, *(torch.finfo(tensor.dtype).eps for tensor in (there, here)))
     if there.shape != here.shape:
-        yield f"{what} has shape {tuple(there.shape)}, here {tuple(here.shape)}"
-    elif not torch.allclose(there, here.to("cpu", there.dtype), rtol=CLOSE, atol=CLOSE):
+        yield (
+            f"{what} has shape {tuple(there.shape)}, here {tuple(here.shape)} (use the classes and "
+            "the model that it was trained on)"
+        )
+    elif not torch.allclose(there.double(), here.cpu().double(), rtol=close, atol=CLOSE):
         yield f"{what} has other values (use the classes and prompts that it was trained on)"
 
 
@@ -217,13 +224,23 @@ def _others(
     only_there = sorted(there.keys() - here.keys())
     only_here = sorted(here.keys() - there.keys())
     if only_there:
-        yield f"{_tensors(only_there)} learned there and not here"
+        yield f"{_tensors(only_there)} learned there and not here {SAME}"
     if only_here and saved.told:  # plain PEFT knows of no head: it stays as it is
-        yield f"{_tensors(only_here)} learned here and not there"
+        yield f"{_tensors(only_here)} learned here and not there {SAME}"
+    head = _head_names(lora)
     for name in sorted(there.keys() & here.keys()):
         one, two = tuple(there[name].shape), tuple(here[name].shape)
         if one != two:
-            yield f"{name} has shape {one} there, {two} here"
+            classes = name.rpartition(".")[0] in head and one[:1] != two[:1]
+            todo = f"(it has {one[0]} classes: use the data it was trained on)" if classes else SAME
+            yield f"{name} has shape {one} there, {two} here {todo}"
+
+
+def _head_names(lora: LoRAWrapper) -> Collection[str]:
+    """Linear heads beside a CLIP, adapted or not."""
+    anatomy = getattr(lora, "anatomy", None)
+    layers = list(anatomy.linear_outside()) if anatomy is not None else []
+    return layers if len(layers) == 1 else [n for n in layers if n.rpartition(".")[2] in HEADS]
 
 
 def _tensors(names: Sequence[str]) -> str:

@@ -72,11 +72,6 @@ class LoRAConfig:
         """The preset for a linear head alone."""
         return cls(r=r, lora_alpha=lora_alpha, target_components=("classifier",))
 
-    @property
-    def scaling(self) -> float:
-        """What the product B A is multiplied with."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
     def validate(self) -> None:
         """Check every field.
 
@@ -101,8 +96,9 @@ class LoRAConfig:
                 "must be in [0, 1),",
             ),
             "target_modules": (
-                self.target_modules is None or _is_list(self.target_modules, str),
-                "must be a list of names or null,",
+                self.target_modules is None
+                or (_is_list(self.target_modules, str) and len(self.target_modules) > 0),
+                "must be a list of names, or null for the inferred ones,",
             ),
             "layers": (
                 self.layers is None or _is_list(self.layers, int),
@@ -110,9 +106,14 @@ class LoRAConfig:
             ),
             "target_components": (
                 known and 0 < len(chosen) == len(set(chosen)),
-                "should be ['encoder'] or ['encoder', 'classifier'] but",
+                "should be a list of 'encoder', 'classifier' or both but",
             ),
-            "placement": _one_of(self.placement, "mlp", "attention", "all"),
+            "placement": (
+                self.target_modules is None or self.placement == "mlp",
+                "is for inferred layers; leave it out beside target_modules,",
+            )
+            if self.placement in ("mlp", "attention", "all")
+            else _one_of(self.placement, "mlp", "attention", "all"),
             "bias": _one_of(self.bias, "none", "all", "lora_only"),
         }
         for name in ("enabled", "save_only_trainable", "use_rslora"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.errors import FedloraError
+from fedlora.files import expand
 from fedlora.modules.clip import FederatedCLIPModel, Head
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
@@ -68,10 +69,17 @@ def create_model(config: object) -> FederatedCLIPModel:
             wrong value; for a file that cannot be read.
     """
     source = "the config"
-    if isinstance(config, str | PathLike):
-        source = str(config)
-        config = _read(Path(config))
-    sections = from_plain(_as_mapping(config, source), source)["model"]
+    try:
+        if isinstance(config, str | PathLike):
+            source = str(config)
+            config = _read(expand(config, "config"))
+        plain = _as_mapping(config, source)
+    except RecursionError as error:
+        raise FedloraError(
+            f"{source} has a section that contains itself or too many inside one another (a YAML "
+            "anchor and its alias?). Write out the values."
+        ) from error
+    sections = from_plain(plain, source)["model"]
     lora = LoRAConfig(**sections.pop("lora"))
     lora.validate()
     if "num_classes" not in sections:
@@ -88,8 +96,8 @@ def _read(path: Path) -> object:
     import yaml
 
     try:
-        return yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise FedloraError(f"{path} cannot be read as YAML: {reason}") from error
 

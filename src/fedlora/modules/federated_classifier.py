@@ -28,6 +28,7 @@ class FederatedClassifier(nn.Module):
         super().__init__()
         self.preprocess = preprocess
         self.num_classes = num_classes
+        self.moved = False  # whether the weights may differ from those that were loaded
         self._optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -47,6 +48,7 @@ class FederatedClassifier(nn.Module):
                 not finite; nothing is changed then.
         """
         fill(self.state_dict(), parameters)
+        self.moved = True
         self._optimizer = None
 
     def train_step(self, data: object, labels: object, lr: float = 1e-3) -> float:
@@ -73,11 +75,12 @@ class FederatedClassifier(nn.Module):
         loss = nn.functional.cross_entropy(self(pixels), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        self.moved = True
         return float(loss.detach())
 
     def _ready_optimizer(self, lr: float) -> torch.optim.Optimizer:
-        if not 0 <= lr < math.inf:
-            raise FedloraError(f"lr must be 0 or above, got {lr}.")
+        if not isinstance(lr, int | float) or not 0 <= lr < math.inf:
+            raise FedloraError(f"lr must be a number from 0, got {lr!r}.")
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trained:
             raise FedloraError("nothing in this model wants gradients, so nothing can be trained.")
@@ -110,7 +113,7 @@ class FederatedClassifier(nn.Module):
             raise FedloraError(f"batch_size must be at least 1, got {batch_size}.")
         pixels, targets = self._batch(data, labels)
         metrics = make_metrics(self.num_classes).to(self.device)
-        training = self.training
+        modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
             for start in range(0, len(targets), batch_size):
@@ -119,7 +122,8 @@ class FederatedClassifier(nn.Module):
                 losses = nn.functional.cross_entropy(logits, label, reduction="none")
                 update_metrics(metrics, {"logits": logits, "label": label, "losses": losses})
         finally:
-            self.train(training)
+            for module, training in modes:
+                module.training = training
         values = metrics.compute()
         accuracy, count = float(values["acc"]), len(targets)
         return {

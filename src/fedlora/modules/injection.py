@@ -61,12 +61,14 @@ class Slot:
     def hang(self, chosen: nn.Module) -> None:
         """Put ``chosen`` (the adapted layer or its base) into every place."""
         base = self.target.base
+        gone = base if chosen is self.layer else self.layer
         if chosen is self.layer:
             # The model may have been moved or switched while this layer was out of it.
             weight: Any = base.weight
             self.layer.to(weight.device).train(base.training)
         for owner, attribute in self.target.places:
-            setattr(owner, attribute, chosen)
+            if getattr(owner, attribute, None) is gone:  # somebody may have put another one there
+                setattr(owner, attribute, chosen)
         for owner, attribute, value in self.target.fused:
             setattr(owner, attribute, value if chosen is base else False)
 

@@ -64,7 +64,10 @@ class LearnedParts:
     def set_trainable(self, parts: Iterable[Part]) -> None:
         """Let gradients reach these parts only."""
         self._require("on")
-        self.parts = chosen = frozenset(parts)
+        chosen = frozenset(parts)
+        if not chosen <= PARTS:
+            raise FedloraError(f"parts must be of A, B and other, got {sorted(map(str, chosen))}.")
+        self.parts = chosen
         for part, parameters in self.parameters.items():
             for parameter in parameters.values():
                 parameter.requires_grad_(part in chosen)
@@ -122,6 +125,11 @@ class LearnedParts:
             FedloraError: names every tensor that does not fit; nothing is changed then.
         """
         self._require("on")
+        if not isinstance(state, AdapterState):
+            raise FedloraError(
+                f"state must be an AdapterState, got {type(state).__name__}. What get_parameters() "
+                "gives goes to set_parameters()."
+            )
         refuse(list(self._faults(state)), "the adapter's tensors")
         for part in self.parameters:
             own = self._own(part)

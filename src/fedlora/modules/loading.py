@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora.errors import FedloraError
+from fedlora.files import expand
 from fedlora.modules.families import check, model_class
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def resolve(model_name: str) -> str:
     """The folder of the embedded model for ``tiny-clip``, the name itself otherwise."""
     if model_name == EMBEDDED:
         return str(resources.files("fedlora") / "assets" / "tiny_clip")
-    return str(Path(model_name).expanduser()) if model_name.startswith("~") else model_name
+    return str(expand(model_name, "model_name")) if model_name.startswith("~") else model_name
 
 
 def _local_only(source: str) -> bool:
@@ -223,10 +224,11 @@ def _name_missing_packages(model_name: str, local: bool, error: Exception) -> No
         ) from error
 
 
-def weights_sha256(model: torch.nn.Module) -> str:
+def weights_sha256(model: torch.nn.Module, skip: Container[str] = ()) -> str:
     """A hash of a model's weights: names, types, shapes and bytes, however they are stored."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    named = (item for item in model.state_dict().items() if item[0] not in skip)
+    for name, tensor in sorted(named):
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

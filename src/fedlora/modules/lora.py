@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, Self
 
 import torch
@@ -14,19 +14,35 @@ from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.injection import (
     Slot,
+    Target,
     adapted_already,
     biases,
     find_targets,
     make_slots,
     product,
 )
-from fedlora.modules.learned import LearnedParts
+from fedlora.modules.learned import LearnedParts, State
 from fedlora.modules.loading import weights_sha256
 from fedlora.modules.originals import Originals
 from fedlora.modules.parameters import copy_of, fill
 from fedlora.modules.recomputation import set_gradient_checkpointing
 from fedlora.modules.report import ParameterReport
 from fedlora.state import Residual
+
+
+def checked(config: object) -> LoRAConfig:
+    """A copy of the settings; the default ones for None.
+
+    Raises:
+        FedloraError: for something else, or a wrong setting.
+    """
+    found = LoRAConfig() if config is None else config
+    if not isinstance(found, LoRAConfig):
+        raise FedloraError(
+            f"the config must be a LoRAConfig, got {type(config).__name__}. Write LoRAConfig(r=…)."
+        )
+    found.validate()
+    return deepcopy(found)
 
 
 class LoRAWrapper(LearnedParts):
@@ -67,19 +83,36 @@ class LoRAWrapper(LearnedParts):
         other: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
-        self.config = LoRAConfig() if config is None else replace(config)
-        self.config.validate()
-        self.model = model
-        self._refuse_adapted()
-        if targets is None and (self.config.layers is not None or self.config.placement != "mlp"):
+        if not isinstance(model, nn.Module):
             raise FedloraError(
-                "lora.layers and lora.placement are about the blocks of a CLIP, which "
-                "CLIPLoRAWrapper knows. Name layers of another model in lora.target_modules."
+                f"model must be an nn.Module, got {type(model).__name__}. An object that holds a "
+                "CLIP goes to CLIPLoRAWrapper."
             )
-        self._targets = find_targets(model, self.config, targets) if self.config.enabled else []
+        self.config = checked(config)
+        self.model = model
+        self._names = targets if targets is None or isinstance(targets, str) else list(targets)
         self._full = dict(other or {})
         self._slots: list[Slot] = []
         self._asleep: dict[str, Residual] = {}  # what was served when the layers went off
+        self._checkpointing = False
+        self._refuse_adapted()
+        self._plan()  # what cannot be is said here, before anything changes
+
+    def _plan(self) -> tuple[list[Target], dict[str, nn.Parameter]]:
+        """The layers to adapt, and the parameters trained in full, of the model as it is now."""
+        config = self.config
+        about_clip = (
+            config.layers is not None
+            or config.placement != "mlp"
+            or tuple(config.target_components) != ("encoder",)
+        )
+        if self._names is None and about_clip:
+            raise FedloraError(
+                "lora.layers, lora.placement and lora.target_components are about a CLIP, which "
+                "CLIPLoRAWrapper knows. Name layers of another model in lora.target_modules."
+            )
+        targets = find_targets(self.model, config, self._names) if config.enabled else []
+        return targets, self._full
 
     def _refuse_adapted(self) -> None:
         layer = self._adapted_where()
@@ -104,24 +137,39 @@ class LoRAWrapper(LearnedParts):
                 f"this adapter was applied before (it is {self.phase} now): a model cannot be "
                 "wrapped twice. Make a new wrapper after unload() or merge_and_unload()."
             )
+        self.config.validate()
         self._refuse_adapted()
-        full = dict(self._full)
+        targets, other = self._plan()
+        own = dict(self.model.named_parameters())
+        # A name that both have, such as logit_scale, is the model's.
+        full = {n if own.get(n, p) is p else f"self.{n}": p for n, p in other.items()}
         if self.config.enabled:
-            self._slots = make_slots(self._targets, self.config)
+            self._slots = make_slots(targets, self.config)
             known = {id(parameter) for parameter in full.values()}
             found = biases(self.config, self.model, self._slots)
-            full |= {name: bias for name, bias in found.items() if id(bias) not in known}
+            full |= {n: p for n, p in found.items() if id(p) not in known and self._adapts(n)}
             self._originals = Originals.of(self._base(), self._modules(), full)
         else:
-            base = dict(self.model.named_parameters())
-            # A name that both have, such as logit_scale, is the model's.
-            full = {f"self.{n}" if n in base else n: p for n, p in full.items()} | base
+            full |= own
             self._originals = Originals.of([], self._modules(), {})
             # Values are not kept: that would be a second model.
             self._originals.flags = [(p, p.requires_grad) for p in full.values()]
         self._declare({slot.target.name: slot.layer for slot in self._slots}, full)
-        self._hang_in()
+        try:
+            self._hang_in()
+            self._check()
+        except BaseException:
+            self._take_out()
+            self._leave("unloaded")
+            raise
         return self
+
+    def _adapts(self, path: str) -> bool:
+        """Whether a path is in the part of the model that is adapted."""
+        return True
+
+    def _check(self) -> None:
+        """Refuse what shows only once the adapter is there."""
 
     def _base(self) -> list[nn.Parameter]:
         """What is frozen."""
@@ -154,23 +202,31 @@ class LoRAWrapper(LearnedParts):
             FedloraError: where the model cannot.
         """
         set_gradient_checkpointing(self.model, True)
+        self._checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         """Keep the activations again."""
         set_gradient_checkpointing(self.model, False)
+        self._checkpointing = False
 
     def report(self) -> ParameterReport:
         """How much is trained and exchanged, counted in the model as it is."""
         self._require("on")
         modules = (module for _, module in self._modules())
-        return ParameterReport.of(modules, self.parameters, self._travels())
+        return ParameterReport.of(modules, self.parameters, self.travels())
 
     def describe(self) -> dict[str, Any]:
         """What a saved adapter must say about the model that it belongs to: JSON."""
-        with self.lora_disabled():
-            digest = weights_sha256(self.model)
         name = str(getattr(self.model, "name_or_path", "") or type(self.model).__name__)
-        return {"base_model": name, "base_model_sha256": digest}
+        return {"base_model": name, "base_model_sha256": self._base_sha256()}
+
+    def _base_sha256(self) -> str:
+        """The hash of the weights below the adapter, without those that it comes with itself."""
+        learned = {id(tensor) for tensor in self._own("other").values()}
+        tensors = self.model.state_dict(keep_vars=True) if self.config.enabled else {}
+        skipped = frozenset(name for name, tensor in tensors.items() if id(tensor) in learned)
+        with self.lora_disabled() if self.config.enabled else nullcontext():
+            return weights_sha256(self.model, skipped)
 
     # What is exchanged.
 
@@ -180,7 +236,7 @@ class LoRAWrapper(LearnedParts):
         Everything in the model where ``save_only_trainable`` is False or the layers are off.
         """
         self._require("on", "off")
-        return copy_of(self._travels())
+        return copy_of(self.travels())
 
     def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`get_parameters` gave.
@@ -189,15 +245,21 @@ class LoRAWrapper(LearnedParts):
             FedloraError: names every value that does not fit; nothing is changed then.
         """
         self._require("on", "off")
-        fill(self._travels(), parameters)
-        if self._whole():
-            self.served.settle()  # the base that was given is the pristine one now
+        fill(self.travels(), parameters)
+        if self.exchanges_all():
+            self.base_was_set()
 
-    def _travels(self) -> dict[str, Tensor]:
-        return self._everything() if self._whole() else self.exchanged()
+    def travels(self) -> dict[str, Tensor]:
+        """What travels, by name, itself."""
+        return self._everything() if self.exchanges_all() else self.exchanged()
 
-    def _whole(self) -> bool:
+    def exchanges_all(self) -> bool:
+        """Whether the whole model travels, as without an adapter."""
         return self.phase == "off" or not self.config.enabled or not self.config.save_only_trainable
+
+    def base_was_set(self) -> None:
+        """Take the base as it is now for the pristine one, whatever was served in it."""
+        self.served.settle()
 
     # The layers off, on, away.
 
@@ -207,7 +269,9 @@ class LoRAWrapper(LearnedParts):
         Head and running statistics are the original ones too.
         """
         self._require("on", "off")
-        if self.phase == "on" and self.config.enabled:
+        if not self.config.enabled:
+            raise FedloraError("LoRA is off here (lora.enabled=false): there is no other model.")
+        if self.phase == "on":
             self._asleep = self.served.forget()
             self._originals.swap()
             self._take_out()
@@ -220,8 +284,15 @@ class LoRAWrapper(LearnedParts):
             self._refuse_adapted()  # by another wrapper, meanwhile
             self._refuse_replaced()
             self._originals.swap()
-            self._hang_in()
-            self.served.serve(self._asleep)
+            try:
+                self._hang_in()
+            except BaseException:
+                self._take_out()
+                self._originals.swap()
+                self.phase = "off"
+                raise
+            asleep, self._asleep = self._asleep, {}
+            self.served.serve(asleep)
 
     def _refuse_replaced(self) -> None:
         for slot in self._slots:
@@ -240,16 +311,27 @@ class LoRAWrapper(LearnedParts):
         try:
             yield
         finally:
-            if was_on:
+            if was_on and self.phase == "off":  # the body may have unloaded it
                 self.enable_lora_layers()
 
-    def unload(self) -> nn.Module:
-        """Undo everything: the original model, bit-identical, statistics included."""
-        self.disable_lora_layers()
-        if not self.config.enabled:
+    def unload(self) -> Any:
+        """Undo everything: the original model, bit-identical, statistics included; returns it.
+
+        Without an adapter (``config.enabled`` False) what was trained stays.
+        """
+        self._require("on", "off")
+        if self.config.enabled:
+            self.disable_lora_layers()
+        else:
             self._take_out()
-        self.phase = "unloaded"
+        self._leave("unloaded")
         return self.model
+
+    def _leave(self, phase: State) -> None:
+        """Nothing of this wrapper stays in the model."""
+        if self._checkpointing:
+            self.disable_gradient_checkpointing()
+        self.phase = phase
 
     @torch.no_grad()
     def merge_and_unload(self) -> Any:
@@ -258,6 +340,8 @@ class LoRAWrapper(LearnedParts):
         Computed in float64 from the pristine weights, residual included.
         """
         self._require("on")
+        if not self.config.enabled:
+            raise FedloraError("LoRA is off here (lora.enabled=false): there is nothing to merge.")
         for name, layer in self.layers.items():
             weight = layer.get_base_layer().weight
             change = product(layer)
@@ -266,5 +350,5 @@ class LoRAWrapper(LearnedParts):
             merged = self.served.pristine(name).to("cpu", torch.float64) + change
             weight.copy_(merged.view_as(weight))
         self._take_out()
-        self.phase = "merged"
+        self._leave("merged")
         return self.model

@@ -24,18 +24,22 @@ class Optimizers:
         base: the parameters that are frozen while the adapter is there.
         adapter: the adapter's.
         weights: for each of the adapter's the weight in the base that it adapts, whose group it
-            joins; None puts all into the first group that held some of the base.
+            joins.
+        beside: what the object trains besides; an optimizer that holds none of the base is its
+            own where it holds some of these.
     """
 
     def __init__(
         self,
         base: Iterable[nn.Parameter],
         adapter: Iterable[nn.Parameter],
-        weights: Iterable[nn.Parameter] | None = None,
+        weights: Iterable[nn.Parameter],
+        beside: Iterable[nn.Parameter] = (),
     ) -> None:
         self.base = list(base)
         self.adapter = list(adapter)
-        self.weights = list(weights) if weights is not None else self.base[:1] * len(self.adapter)
+        self.weights = list(weights)
+        self.beside = list(beside)
         self._before: list[tuple[Group, dict[str, list[Any]]]] = []
         self._aside: list[tuple[Optimizer, nn.Parameter, Any]] = []
         self._order: list[tuple[Group, dict[str, list[Any]]]] = []
@@ -49,7 +53,9 @@ class Optimizers:
         """
         home = _homes(optimizers, self.base)
         # Where none holds the base there is one of the head alone: the adapter joins it.
-        joined = _distinct(home.values()) or [o.param_groups[0] for o in optimizers]
+        beside = {id(parameter) for parameter in self.beside}
+        near = [o.param_groups[0] for o in optimizers if beside.intersection(_ids(o))]
+        joined = _distinct(home.values()) or near
         if len(joined) > 1 and not home:
             raise FedloraError(
                 f"there are {len(joined)} optimizers and none of them holds parameters of the "

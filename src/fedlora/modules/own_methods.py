@@ -79,6 +79,8 @@ class OwnMethods:
         """Give the places back."""
         attributes = vars(self.thing)
         for name, before in self._before.items():
+            if getattr(attributes.get(name), "__self__", None) is not self:
+                continue  # somebody put another one there, or took ours away
             attributes.pop(name)
             if before is not None:
                 attributes[name] = before
@@ -110,20 +112,27 @@ class OwnMethods:
 
     def set_parameters(self, *args: Any, **kwargs: Any) -> Any:
         """The object's own: all or nothing."""
-        theirs = self._their("set_parameters")
+        if isinstance(self.thing, FederatedClassifier):  # ours checks before it sets
+            with self._view():
+                result = self._their("set_parameters")(*args, **kwargs)
+        else:
+            result = self._set(*args, **kwargs)
         if self.wrapper.exchanges_all():
-            return theirs(*args, **kwargs)
+            self.wrapper.base_was_set()
+        return result
+
+    def _set(self, *args: Any, **kwargs: Any) -> Any:
         what = f"the parameters given to {self.kind}"
         given = args[0] if args else next(iter(kwargs.values()), None)
         known, own = self._given_by_itself()
         if known:
             refuse_difference(own, given, what)
-        learned = self.wrapper.exchanged()
+        learned = self.wrapper.travels()
         before = copy_of(learned)
         with undone_on_error(self.thing, optimizers_in(self.thing)):
             try:
                 with self._view():
-                    result = theirs(*args, **kwargs)
+                    result = self._their("set_parameters")(*args, **kwargs)
                 refuse([f for n, t in learned.items() for f in mismatch(n, before[n], t)], what)
             except BaseException:
                 for name, tensor in learned.items():
@@ -138,17 +147,8 @@ class OwnMethods:
         arguments = arguments_for(self._their("get_parameters"))
         return (False, None) if arguments is None else (True, self.get_parameters(*arguments))
 
-    def refuse_blind(self, adapter: int, other: int, base: int) -> None:
-        """Refuse an object whose ``get_parameters`` does not see the adapter.
-
-        Args:
-            adapter: numbers in the adapter.
-            other: numbers trained in full besides.
-            base: numbers in the base.
-
-        Raises:
-            FedloraError: where it gives the base all the same, or nothing of the adapter.
-        """
+    def check(self, adapter: int, other: int, base: int) -> None:
+        """As :func:`refuse_blind`, of what the object gives now."""
         known, own = self._given_by_itself()
         if known and not self.wrapper.exchanges_all():
             refuse_blind(own, adapter, other, base, f"{self.kind}.get_parameters")

@@ -19,13 +19,12 @@ def copy_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], given: object, what: str = "parameters") -> None:
+def fill(tensors: Mapping[str, Tensor], given: object) -> None:
     """Overwrite ``tensors`` in place with the values of the same names.
 
     Args:
         tensors: what is to be set.
         given: a tensor of the same shape and type for each of them, on any device.
-        what: how messages name ``given``.
 
     Raises:
         FedloraError: names every value that is missing, unknown, of another shape or type or not
@@ -33,10 +32,10 @@ def fill(tensors: Mapping[str, Tensor], given: object, what: str = "parameters")
     """
     if not isinstance(given, Mapping):
         raise FedloraError(
-            f"{what} must be a dict of name -> tensor, as get_parameters gives it, got "
+            "parameters must be a dict of name -> tensor, as get_parameters gives it, got "
             f"{type(given).__name__}."
         )
-    refuse(list(_faults(tensors, given)), what)
+    refuse(list(_faults(tensors, given)), "parameters")
     for name, tensor in tensors.items():
         tensor.copy_(given[name])
 

@@ -21,6 +21,9 @@ WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors
 PREFIX = "base_model.model."  # how PEFT names what is inside its PeftModel
 FACTOR = re.compile(r"^(.+)\.lora_(A|B)\.weight$")
+# A pattern that is a layer's name: any other expression in a foreign file could take for ever.
+PLAIN = re.compile(r"(?:[\w.^$-]|\\[.-])+")
+PATTERNS = ("rank_pattern", "alpha_pattern")
 # Settings that say which layers there are, how they were trained or who wrote the file: the
 # tensors tell all that matters of them. Any other that is set is a feature that we have not.
 # fmt: off
@@ -75,7 +78,7 @@ def read_peft(folder: Path) -> PeftFiles:
         match = FACTOR.match(name)
         if match:
             factors = found.A if match[2] == "A" else found.B
-            factors[match[1]] = tensor.float().flatten(1)
+            factors[match[1]] = tensor.float().flatten(1) if tensor.ndim > 2 else tensor.float()
         elif "lora_" in name:
             raise FedloraError(
                 f"the adapter in {folder} uses what fedlora does not have: the tensor {key}. Use a "
@@ -83,7 +86,9 @@ def read_peft(folder: Path) -> PeftFiles:
             )
         else:
             found.other[name.replace(".base_layer.", ".")] = tensor
-    _check_pairs(folder, found)
+    check_pairs(folder, found.A, found.B)
+    if not found.A:
+        raise FedloraError(f"the adapter in {folder} holds no LoRA layer. Save it anew.")
     found.scaling.update({name: _scaling(config, name, folder) for name in found.A})
     return found
 
@@ -97,18 +102,29 @@ def _features(config: Mapping[str, Any]) -> Iterator[str]:
     for name, value in config.items():
         if value and name not in HARMLESS:
             yield f"{name}={value!r}"
+    for name in PATTERNS:
+        patterns = config.get(name)
+        for pattern in patterns if isinstance(patterns, Mapping) else ():
+            if not PLAIN.fullmatch(pattern):
+                yield f"{name} {pattern!r} (only names of layers, no other regular expression)"
 
 
-def _check_pairs(folder: Path, found: PeftFiles) -> None:
-    half = sorted(found.A.keys() ^ found.B.keys())
-    uneven = [n for n in found.A.keys() & found.B.keys() if len(found.A[n]) != found.B[n].shape[1]]
-    if half or uneven:
-        raise FedloraError(
-            f"the adapter in {folder} is damaged: the factors of {(half or sorted(uneven))[0]} are "
-            "not a pair. Save it anew."
-        )
-    if not found.A:
-        raise FedloraError(f"the adapter in {folder} holds no LoRA layer. Save it anew.")
+def check_pairs(folder: Path, A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+    """Refuse factors that are not (rank, in_features) and (out_features, rank) for each layer.
+
+    Raises:
+        FedloraError: names the first layer.
+    """
+    for name in sorted(A.keys() | B.keys()):
+        if name not in A or name not in B or not _is_pair(A[name], B[name]):
+            raise FedloraError(
+                f"the adapter in {folder} is damaged: the factors of {name} are not a pair. Save "
+                "it anew."
+            )
+
+
+def _is_pair(A: Tensor, B: Tensor) -> bool:
+    return A.ndim == B.ndim == 2 and len(A) == B.shape[1]
 
 
 def _scaling(config: Mapping[str, Any], name: str, folder: Path) -> float:
@@ -116,12 +132,25 @@ def _scaling(config: Mapping[str, Any], name: str, folder: Path) -> float:
     try:
         r = _by_pattern(config.get("rank_pattern"), name, config["r"])
         alpha = _by_pattern(config.get("alpha_pattern"), name, config["lora_alpha"])
-        return float(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, re.error) as error:
+        return finite(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise FedloraError(
             f"{folder / CONFIG} has no usable r and lora_alpha ({type(error).__name__}). Save the "
             "adapter anew."
         ) from error
+
+
+def finite(value: Any) -> float:
+    """A number from a file: JSON has NaN, and whole numbers of any size.
+
+    Raises:
+        ValueError: where it is not finite; as ``float`` does where it is none.
+        OverflowError: where it is too large.
+    """
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
 
 
 def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
@@ -144,13 +173,15 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         return torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
 
     loaded = _read(folder / PICKLED, load)
-    if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(n, str) and isinstance(t, Tensor) for n, t in loaded.items()
+    ):
         raise FedloraError(f"{folder / PICKLED} holds something else than named tensors.")
     return _checked(folder / PICKLED, loaded)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: float32, or float64 where they are.
+    """The tensors of a safetensors file, of the floating point types that they have.
 
     Raises:
         FedloraError: when it is damaged, or has values that are NaN or infinite.
@@ -169,10 +200,7 @@ def _checked(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 f"{path}: {name} has values that are NaN or infinite. Go back to an adapter from "
                 "before that."
             )
-    return {
-        name: tensor if tensor.dtype == torch.float64 else tensor.float()
-        for name, tensor in tensors.items()
-    }
+    return dict(tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.errors import FedloraError
-from fedlora.files import present, sha256
+from fedlora.files import expand, present, sha256
 from fedlora.modules.compatibility import faults
 from fedlora.modules.lora import LoRAWrapper
-from fedlora.modules.peft_files import CONFIG, PeftFiles, read_json, read_peft, read_tensors
+from fedlora.modules.peft_files import (
+    CONFIG,
+    PeftFiles,
+    check_pairs,
+    finite,
+    read_json,
+    read_peft,
+    read_tensors,
+)
 from fedlora.state import AdapterState, Residual
 
 FORMAT = 1
@@ -21,6 +30,8 @@ ABOUT = "fedlora.json"
 CLASSIFIER = "classifier.safetensors"
 OTHER = "other.safetensors"
 RESIDUAL = "residual.safetensors"
+# What is read of fedlora.json besides plain values; each may be missing or null.
+TYPES = {"lora": dict, "head_lora": dict, "class_names": list}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class SavedAdapter:
     """An adapter on disk.
 
     Attributes:
-        folder: where it is.
+        folder: where it is, absolute.
         state: what was learned.
         told: ``fedlora.json``; empty where plain PEFT wrote the folder.
         peft: PEFT's ``adapter_config.json``; empty for an adapter on a head alone.
@@ -59,8 +70,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     Raises:
         FedloraError: when it is no such folder, is damaged, or uses features that we have not.
     """
-    path = present(Path(folder).expanduser())
-    _refuse_other(path)
+    path = _find(folder)
     told = _read_about(path)
 
     def tensors(name: str) -> dict[str, Tensor]:
@@ -80,17 +90,31 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     return SavedAdapter(path, state, told, peft.config, head)
 
 
-def load_adapter(folder: str | Path, lora: LoRAWrapper) -> SavedAdapter:
+def load_adapter(folder: str | Path, wrapper_or_model: Any) -> SavedAdapter:
     """Put a saved adapter into a model that fits; returns what was read.
 
     Args:
-        folder: as in :func:`read_adapter`.
-        lora: applied, and on.
+        folder: the ``adapter`` folder of a run, what a LoRAModelManager's ``save_model`` returned,
+            or what PEFT's ``save_pretrained`` wrote; ``~`` is the home folder.
+        wrapper_or_model: a LoRAWrapper that is applied and on, or an object that a CLIPLoRAWrapper
+            wraps (of a CLIPLoRAClassifier its ``model``); with the settings that the adapter was
+            trained with.
 
     Raises:
-        FedloraError: as in :func:`read_adapter`; where it does not fit, naming each difference.
-            Nothing is changed then.
+        FedloraError: where the folder is no adapter, is damaged or uses features that we have not;
+            where it does not fit, naming each difference. Nothing is changed then.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from fedlora import LoRAConfig, LoRAModelManager, LoRAWrapper
+        >>> from fedlora.modules.saved import load_adapter
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+        >>> lora = LoRAWrapper(model, LoRAConfig(r=2)).apply()
+        >>> folder = LoRAModelManager(tempfile.mkdtemp()).save_model(lora, "mine")
+        >>> load_adapter(folder, lora).settings["r"]
+        2
     """
+    lora = wrapper_of(wrapper_or_model)
     lora.report()  # says so where the adapter is not on
     saved = read_adapter(folder)
     if not lora.config.enabled:
@@ -107,9 +131,39 @@ def load_adapter(folder: str | Path, lora: LoRAWrapper) -> SavedAdapter:
     return saved
 
 
-def _refuse_other(path: Path) -> None:
+def wrapper_of(thing: Any) -> LoRAWrapper:
+    """A LoRAWrapper itself, or the one that an object knows as ``lora_wrapper``.
+
+    Raises:
+        FedloraError: where there is none.
+    """
+    found = thing if isinstance(thing, LoRAWrapper) else getattr(thing, "lora_wrapper", None)
+    if not isinstance(found, LoRAWrapper):
+        raise FedloraError(
+            f"expected a LoRAWrapper or an object that one wraps, got {type(thing).__name__}, "
+            "which knows of none. Wrap it with CLIPLoRAWrapper and apply that first; with "
+            "lora.enabled=false there is no adapter to save or load."
+        )
+    return found
+
+
+def _find(folder: str | Path) -> Path:
+    """Where an adapter is, absolute: the working folder itself has no name."""
+    if not isinstance(folder, str | os.PathLike) or not str(folder):
+        raise FedloraError(f"adapter must be the path of a folder, got {folder!r}.")
+    try:
+        path = present(expand(folder, "adapter").absolute())
+        _refuse_other(path, folder)
+    except OSError as error:
+        raise FedloraError(
+            f"adapter {str(folder)!r} cannot be read: {error.strerror}. Check the path."
+        ) from error
+    return path
+
+
+def _refuse_other(path: Path, written: str | Path) -> None:
     if not path.is_dir():
-        raise FedloraError(f"adapter {str(path)!r}: there is no such folder. Check the path.")
+        raise FedloraError(f"adapter {str(written)!r}: there is no such folder. Check the path.")
     if (path / "model").is_dir() and not (path / CONFIG).exists():
         raise FedloraError(
             f"{path} holds a whole model, trained with lora.enabled=false, and no adapter. Load "
@@ -134,6 +188,7 @@ def _read_about(path: Path) -> dict[str, Any]:
             f"the version of fedlora that wrote it ({told.get('fedlora', 'unknown')})."
         )
     wrong = [fault for name in hashes for fault in _wrong(path, name, hashes[name])]
+    wrong += _mistyped(told)
     if wrong:
         raise FedloraError(
             f"the adapter in {path} is damaged: {'; '.join(wrong)}. Copy or save it anew."
@@ -141,11 +196,22 @@ def _read_about(path: Path) -> dict[str, Any]:
     return told
 
 
+def _mistyped(told: Mapping[str, Any]) -> Iterator[str]:
+    """What fedlora.json says in another type than it was written with."""
+    for name, kind in TYPES.items():
+        if not isinstance(told.get(name), kind | None):
+            yield f"{name} in {ABOUT} is {told[name]!r}"
+    lora = told.get("lora")
+    components = lora.get("target_components") if isinstance(lora, dict) else None
+    if not isinstance(components, list | None):
+        yield f"lora.target_components in {ABOUT} is {components!r}"
+
+
 def _wrong(path: Path, name: str, digest: object) -> list[str]:
     file = path / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
-        return [f"{name} is missing"]
     try:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
+            return [f"{name} is missing"]
         same = sha256(file) == digest
     except OSError as error:
         return [f"{name} cannot be read ({error.strerror})"]
@@ -166,14 +232,15 @@ def _read_head(
         return {}
     try:
         layer = str(about["layer"])
-        A[layer], B[layer] = tensors["lora_A"], tensors["lora_B"]
-        scaling[layer] = float(about["scaling"])
+        A[layer], B[layer] = tensors["lora_A"].float(), tensors["lora_B"].float()
+        scaling[layer] = finite(about["scaling"])
         head: dict[str, Any] = {"layer": layer, "base_weight": tensors["base_weight"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise FedloraError(
             f"the adapter in {path} is damaged: {CLASSIFIER} and {ABOUT} do not agree on the head "
             f"({error}). Save it anew."
         ) from error
+    check_pairs(path, {layer: A[layer]}, {layer: B[layer]})
     if "bias" in tensors:
         if about.get("bias_learned"):
             other[f"{layer}.bias"] = tensors["bias"]
@@ -187,10 +254,11 @@ def _read_apart(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, float], dict[str, Residual]]:
     names = [key.removesuffix(".lora_A") for key in tensors if key.endswith(".lora_A")]
     try:
-        A, B = ({n: tensors[f"{n}.lora_{factor}"] for n in names} for factor in "AB")
+        A, B = ({n: tensors[f"{n}.lora_{factor}"].float() for n in names} for factor in "AB")
         scaling = {n: float(tensors[f"{n}.scaling"]) for n in names}
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise FedloraError(f"{path / RESIDUAL} is damaged ({error}). Save it anew.") from error
+    check_pairs(path, A, B)
     residual = {
         n: Residual(tensors[f"{n}.U"], tensors.get(f"{n}.V")) for n in names if f"{n}.U" in tensors
     }

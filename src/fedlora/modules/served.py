@@ -49,6 +49,9 @@ class ServedWeights:
                 yield f"the residual of {name!r} has shape " + " x ".join(
                     str(tuple(factor.shape)) for factor in factors
                 )
+            elif self.weight(name).dtype in (torch.bfloat16, torch.float16):
+                kind = str(self.weight(name).dtype).removeprefix("torch.")
+                yield f"the residual of {name!r} would be rounded away in {kind} (model.float())"
 
     @torch.no_grad()
     def serve(self, residual: Mapping[str, Residual]) -> None:

@@ -40,13 +40,29 @@ def only(roots: Iterable[nn.Module], chosen: Iterable[Tensor]) -> Iterator[None]
 
 @contextmanager
 def listed(roots: Iterable[nn.Module], chosen: Iterable[Tensor]) -> Iterator[None]:
-    """As :func:`only` for ``parameters`` and ``named_parameters`` alone: light, for every step."""
+    """As :func:`only` for ``parameters`` and ``named_parameters`` alone: light, for every step.
+
+    A module with nothing to show lists what it has: a step may ask it for its type or device.
+    """
     shown = {id(tensor) for tensor in chosen}
-    modules = {id(module): module for root in roots for module in root.modules()}
+    seen: dict[int, nn.Module] = {}
+    for root in roots:
+        _showing(root, shown, seen)
     with ExitStack() as stack:
-        for module in modules.values():
+        for module in seen.values():
             stack.enter_context(_filtered(module, "named_parameters", shown))
         yield
+
+
+def _showing(module: nn.Module, shown: set[int], seen: dict[int, nn.Module]) -> bool:
+    """Collect the modules that hold something to show, themselves or further below."""
+    if id(module) in seen:
+        return True
+    below = [_showing(child, shown, seen) for child in module.children()]
+    if any(below) or any(id(parameter) in shown for parameter in module._parameters.values()):
+        seen[id(module)] = module
+        return True
+    return False
 
 
 @contextmanager

@@ -54,7 +54,10 @@ def measure(
         raise FedloraError(f"model.num_classes must be at least 1, got {num_classes}.")
     classes = num_classes if head == "linear" else None
     if "classifier" in lora.target_components and classes is None:
-        raise FedloraError("target_components: 'classifier' needs model.num_classes, head: linear.")
+        raise FedloraError(
+            "target_components: 'classifier' needs a linear head and the number of classes. Add "
+            "--model.num_classes=N, and leave model.head at linear."
+        )
     from torch import nn
 
     from fedlora.modules.families import drop_text_tower, feature_dim, has_text_tower
