@@ -128,7 +128,7 @@ def test_a_missing_config_names_the_nearest(configs: LoRAConfigManager) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rr: 3", "there is no key 'rr'; did you mean 'r'?"),
+        ("rr: 3", "there is no key 'rr' (did you mean 'r'?)"),
         ("r: many", "lora.r must be a whole number from 1, got 'many'"),
         ("lora_dropout: 1", "lora.lora_dropout must be in [0, 1), got 1"),
         ("target_components: [decoder]", "lora.target_components"),

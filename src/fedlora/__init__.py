@@ -21,6 +21,7 @@ _NAMES = {
     "ParameterReport": "fedlora.modules.report",
     "RoundCheckpoint": "fedlora.callbacks.checkpoint",
     "create_model": "fedlora.modules.factory",
+    "load_adapter": "fedlora.modules.saved",
     "quick_clip_lora": "fedlora.modules.factory",
 }
 __all__ = ["__version__", *sorted(_NAMES)]

@@ -66,7 +66,8 @@ def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
         "round": trainer.server.round_idx,
         "finished": trainer.server.finished or "max_rounds",
         **test,
-        "zero_shot": {
+        # A run that goes on from an adapter has no untrained model.
+        "start" if trainer.lightning_module.adapter else "zero_shot": {
             name: first[name]
             for name in ("val/acc", "val/loss", "test/acc", "test/loss")
             if name in first

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from fedlora.errors import CheckpointError, FedloraError
-from fedlora.files import clear_os_errors, sweep, write_text
+from fedlora.files import clear_os_errors, expand, sweep, write_text
 
 VERSION = re.compile(r"^version_(\d+)$")
 CHECKPOINTS = ("last", "previous", "best")
@@ -86,7 +86,7 @@ class RunFolder:
         """
         if ckpt_path in ("last", "best"):
             return cls.newest(root), ckpt_path
-        path = Path(ckpt_path).expanduser()
+        path = expand(ckpt_path, "ckpt_path")
         if (path / "checkpoints").is_dir():
             return cls(path), "last"
         if path.is_file() and path.suffix == ".ckpt" and path.parent.name == "checkpoints":

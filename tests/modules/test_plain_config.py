@@ -40,8 +40,8 @@ def test_it_is_mapped_onto_our_sections() -> None:
     ("config", "message"),
     [
         ({"model": {"type": "clip_lara"}}, r"model\.type should be one of clip, clip_lora but got"),
-        ({"modle": {}, "lora": {}}, "no key 'modle'; did you mean 'model'"),
-        ({"lora": {"lora_aplha": 3}}, "no key 'lora_aplha'; did you mean 'lora_alpha'"),
+        ({"modle": {}, "lora": {}}, "no key 'modle' .did you mean 'model'"),
+        ({"lora": {"lora_aplha": 3}}, "no key 'lora_aplha' .did you mean 'lora_alpha'"),
         ({"model": {"type": "clip", "name": "a"}}, "did you mean 'model_name'"),
     ],
 )

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from fedlora import quick_clip_lora
 from fedlora.errors import FedloraError
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.report import ParameterReport, readable
+from tests.small_clip import NAMES, TEXT
 from tests.small_nets import NETS, make_net, wrap
 
 # By hand: what the nets hold.
@@ -49,6 +53,7 @@ def test_counts_are_what_the_formulas_say(kind: str, r: int, bias: str) -> None:
         total=TOTAL[kind],
         adapter=adapter,
         full=full,
+        idle=0,
         exchanged=travels,
         exchanged_nbytes=4 * travels,
         total_nbytes=full_nbytes(kind, 4),
@@ -115,6 +120,7 @@ def test_it_reads_well() -> None:
         total=151_277_313,
         adapter=2_457_600,
         full=0,
+        idle=0,
         exchanged=2_457_600,
         exchanged_nbytes=9_830_400,
         total_nbytes=605_109_252,
@@ -138,3 +144,12 @@ def test_it_reads_well() -> None:
 )
 def test_readable(count: float, text: str) -> None:
     assert readable(count) == text
+
+
+def test_what_never_trains_is_named(folder: Path) -> None:
+    report = quick_clip_lora(str(folder), 3, lora_r=2).lora_wrapper.report()
+    # fc1 and fc2 of the text tower, two blocks.
+    assert report.idle == 2 * 2 * 2 * (TEXT + 36)
+    assert f", {report.idle} of them in a tower that the head does not use" in str(report)
+    text = quick_clip_lora(str(folder), class_names=NAMES, head="text")
+    assert text.lora_wrapper.report().idle == 0

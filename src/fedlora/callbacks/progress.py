@@ -113,7 +113,12 @@ class Progress(FederatedCallback):
         up, down = readable(summary["comm/up_bytes"]), readable(summary["comm/down_bytes"])
         shown: dict[str, Any] = {
             "rounds": f"{summary['round']} ({summary['finished']})",
-            **{f"zero-shot {name}": v for name, v in summary["zero_shot"].items() if "acc" in name},
+            **{
+                f"{what.replace('_', '-')} {name}": value
+                for what in ("zero_shot", "start")
+                for name, value in summary.get(what, {}).items()
+                if "acc" in name
+            },
             **{name: value for name, value in summary.items() if name.startswith("test/")},
         }
         if best is not None:
@@ -202,7 +207,8 @@ class Progress(FederatedCallback):
             if row.get(name) is not None:
                 parts.append(f"{label} {row[name]:.4f}")
         if done == 0:
-            parts.append("(untrained: zero-shot)")
+            started = getattr(pl_module, "adapter", None)
+            parts.append(f"(as {started} has it)" if started else "(untrained: zero-shot)")
         elif self._played:
             each = (time.perf_counter() - self._began) / self._played
             parts.append(

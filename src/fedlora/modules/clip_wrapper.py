@@ -12,10 +12,10 @@ from fedlora.errors import FedloraError
 from fedlora.modules.anatomy import Anatomy, optimizers_in
 from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_targets import head_target, targets_in
-from fedlora.modules.config import LoRAConfig
+from fedlora.modules.config import LoRAConfig, checked
 from fedlora.modules.injection import Target, adapted_already, find_targets
 from fedlora.modules.learned import State
-from fedlora.modules.lora import LoRAWrapper, checked
+from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.optimizers import Optimizers
 from fedlora.modules.own_methods import OwnMethods
 from fedlora.state import AdapterState

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -141,3 +142,18 @@ def _is_list(value: object, kind: type) -> bool:
 
 def _one_of(value: object, *allowed: str) -> tuple[bool, str]:
     return value in allowed, f"should be one of {', '.join(allowed)} but"
+
+
+def checked(config: object) -> LoRAConfig:
+    """A copy of the settings; the default ones for None.
+
+    Raises:
+        FedloraError: for something else, or a wrong setting.
+    """
+    found = LoRAConfig() if config is None else config
+    if not isinstance(found, LoRAConfig):
+        raise FedloraError(
+            f"the config must be a LoRAConfig, got {type(config).__name__}. Write LoRAConfig(r=…)."
+        )
+    found.validate()
+    return deepcopy(found)

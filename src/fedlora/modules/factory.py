@@ -46,7 +46,7 @@ def quick_clip_lora(
     """
     config = LoRAConfig(
         r=lora_r,
-        lora_alpha=2 * lora_r if lora_alpha is None else lora_alpha,
+        lora_alpha=_twice(lora_r) if lora_alpha is None else lora_alpha,
         lora_dropout=lora_dropout,
         target_components=list(target_components),
     )
@@ -54,6 +54,10 @@ def quick_clip_lora(
     model = FederatedCLIPModel(model_name, num_classes, head=head, class_names=class_names)
     CLIPLoRAWrapper(model, config).apply_lora_to_federated_model()
     return model
+
+
+def _twice(r: Any) -> Any:
+    return 2 * r if isinstance(r, int) else r  # what is no rank is refused as such
 
 
 def create_model(config: object) -> FederatedCLIPModel:
@@ -97,7 +101,9 @@ def _read(path: Path) -> object:
 
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise FedloraError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
+    except (ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise FedloraError(f"{path} cannot be read as YAML: {reason}") from error
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
+from fedlora.modules.config import LoRAConfig
 from fedlora.modules.dropout import KeyedDropout
 from fedlora.modules.injection import ADAPTER
 from fedlora.modules.originals import Originals
-from fedlora.modules.parameters import refuse
+from fedlora.modules.parameters import copy_of, fill, refuse
 from fedlora.modules.served import ServedWeights
 from fedlora.sampling import derive_seed
 from fedlora.state import PARTS, AdapterState, Part
@@ -23,6 +24,10 @@ State = Literal["new", "on", "off", "merged", "unloaded"]
 class LearnedParts:
     """The factors A and B of each adapted layer, and ``other``: what is trained in full.
 
+    Args:
+        model: the model that it is learned in.
+        config: the adapter's settings.
+
     Attributes:
         phase: whether the adapter is in the model.
         layers: path -> PEFT's layer.
@@ -32,7 +37,9 @@ class LearnedParts:
         parts: those that gradients reach.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
+        self.model = model
+        self.config = config
         self.phase: State = "new"
         self.layers: dict[str, Any] = {}
         self.parameters: dict[Part, dict[str, nn.Parameter]] = {"A": {}, "B": {}, "other": {}}
@@ -96,6 +103,40 @@ class LearnedParts:
             named[f"{name}.lora_A"] = self.parameters["A"][name]
             named[f"{name}.lora_B"] = self.parameters["B"][name]
         return {**named, **self._own("other")}
+
+    def get_parameters(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what is learned.
+
+        Everything in the model where ``save_only_trainable`` is False or the layers are off.
+        """
+        self._require("on", "off")
+        return copy_of(self.travels())
+
+    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`get_parameters` gave.
+
+        Raises:
+            FedloraError: names every value that does not fit; nothing is changed then.
+        """
+        self._require("on", "off")
+        fill(self.travels(), parameters)
+        if self.exchanges_all():
+            self.base_was_set()
+
+    def travels(self) -> dict[str, Tensor]:
+        """What travels, by name, itself."""
+        return self._everything() if self.exchanges_all() else self.exchanged()
+
+    def exchanges_all(self) -> bool:
+        """Whether the whole model travels, as without an adapter."""
+        return self.phase == "off" or not self.config.enabled or not self.config.save_only_trainable
+
+    def base_was_set(self) -> None:
+        """Take the base as it is now for the pristine one, whatever was served in it."""
+        self.served.settle()
+
+    def _everything(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
 
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weight of each adapted layer, (out_features, in_features); not copies."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from copy import deepcopy
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora.errors import FedloraError
-from fedlora.modules.config import LoRAConfig
+from fedlora.modules.config import LoRAConfig, checked
 from fedlora.modules.injection import (
     Slot,
     Target,
@@ -24,25 +23,9 @@ from fedlora.modules.injection import (
 from fedlora.modules.learned import LearnedParts, State
 from fedlora.modules.loading import weights_sha256
 from fedlora.modules.originals import Originals
-from fedlora.modules.parameters import copy_of, fill
 from fedlora.modules.recomputation import set_gradient_checkpointing
 from fedlora.modules.report import ParameterReport
 from fedlora.state import Residual
-
-
-def checked(config: object) -> LoRAConfig:
-    """A copy of the settings; the default ones for None.
-
-    Raises:
-        FedloraError: for something else, or a wrong setting.
-    """
-    found = LoRAConfig() if config is None else config
-    if not isinstance(found, LoRAConfig):
-        raise FedloraError(
-            f"the config must be a LoRAConfig, got {type(config).__name__}. Write LoRAConfig(r=…)."
-        )
-    found.validate()
-    return deepcopy(found)
 
 
 class LoRAWrapper(LearnedParts):
@@ -82,18 +65,17 @@ class LoRAWrapper(LearnedParts):
         targets: Iterable[str] | None = None,
         other: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(model, nn.Module):
             raise FedloraError(
                 f"model must be an nn.Module, got {type(model).__name__}. An object that holds a "
                 "CLIP goes to CLIPLoRAWrapper."
             )
-        self.config = checked(config)
-        self.model = model
+        super().__init__(model, checked(config))
         self._names = targets if targets is None or isinstance(targets, str) else list(targets)
         self._full = dict(other or {})
         self._slots: list[Slot] = []
         self._asleep: dict[str, Residual] = {}  # what was served when the layers went off
+        self._beside: list[nn.Parameter] = []  # trained in full, and no part of the base
         self._checkpointing = False
         self._refuse_adapted()
         self._plan()  # what cannot be is said here, before anything changes
@@ -115,8 +97,7 @@ class LoRAWrapper(LearnedParts):
         return targets, self._full
 
     def _refuse_adapted(self) -> None:
-        layer = self._adapted_where()
-        if layer:
+        if layer := self._adapted_where():
             raise FedloraError(
                 f"this model has LoRA already (in {layer}): it cannot be wrapped twice. Go on with "
                 "the wrapper that put it there, or call its unload() or merge_and_unload() first."
@@ -140,6 +121,7 @@ class LoRAWrapper(LearnedParts):
         self.config.validate()
         self._refuse_adapted()
         targets, other = self._plan()
+        self._beside = list(other.values())
         own = dict(self.model.named_parameters())
         # A name that both have, such as logit_scale, is the model's.
         full = {n if own.get(n, p) is p else f"self.{n}": p for n, p in other.items()}
@@ -178,9 +160,6 @@ class LoRAWrapper(LearnedParts):
     def _modules(self) -> list[tuple[str, nn.Module]]:
         """Each module of the model with its path, adapter included."""
         return list(self.model.named_modules())
-
-    def _everything(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
 
     def _hang_in(self) -> None:
         for slot in self._slots:
@@ -221,45 +200,12 @@ class LoRAWrapper(LearnedParts):
         return {"base_model": name, "base_model_sha256": self._base_sha256()}
 
     def _base_sha256(self) -> str:
-        """The hash of the weights below the adapter, without those that it comes with itself."""
-        learned = {id(tensor) for tensor in self._own("other").values()}
-        tensors = self.model.state_dict(keep_vars=True) if self.config.enabled else {}
-        skipped = frozenset(name for name, tensor in tensors.items() if id(tensor) in learned)
+        """The hash of the weights below the adapter, without what it brings in their place."""
+        beside = {id(parameter) for parameter in self._beside}
+        tensors = self.model.state_dict(keep_vars=True).items()
+        skipped = frozenset(name for name, tensor in tensors if id(tensor) in beside)
         with self.lora_disabled() if self.config.enabled else nullcontext():
             return weights_sha256(self.model, skipped)
-
-    # What is exchanged.
-
-    def get_parameters(self) -> dict[str, Tensor]:
-        """Copies on the CPU of what is learned.
-
-        Everything in the model where ``save_only_trainable`` is False or the layers are off.
-        """
-        self._require("on", "off")
-        return copy_of(self.travels())
-
-    def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
-        """Put back what :meth:`get_parameters` gave.
-
-        Raises:
-            FedloraError: names every value that does not fit; nothing is changed then.
-        """
-        self._require("on", "off")
-        fill(self.travels(), parameters)
-        if self.exchanges_all():
-            self.base_was_set()
-
-    def travels(self) -> dict[str, Tensor]:
-        """What travels, by name, itself."""
-        return self._everything() if self.exchanges_all() else self.exchanged()
-
-    def exchanges_all(self) -> bool:
-        """Whether the whole model travels, as without an adapter."""
-        return self.phase == "off" or not self.config.enabled or not self.config.save_only_trainable
-
-    def base_was_set(self) -> None:
-        """Take the base as it is now for the pristine one, whatever was served in it."""
-        self.served.settle()
 
     # The layers off, on, away.
 

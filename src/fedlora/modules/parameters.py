@@ -166,7 +166,10 @@ def differences(own: Any, given: Any, name: str = "") -> Iterator[str]:
 
 def _converted(value: object) -> Tensor | None:
     """Nested lists of numbers too, as JSON gives them."""
-    if not isinstance(value, list | tuple | int | float):
+    first = value
+    while isinstance(first, list | tuple) and first:
+        first = first[0]
+    if not isinstance(first, int | float):  # a list of arrays is none itself
         return as_tensor(value)
     try:
         return torch.tensor(value)

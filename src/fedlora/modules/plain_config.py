@@ -50,10 +50,10 @@ def from_plain(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{_nearest(str(kind), TYPES)}."
         )
     if kind == "clip":
-        if lora.get("enabled"):
+        if lora and lora.get("enabled", True):
             raise FedloraError(
-                f"{source}: model.type is clip, which has no adapter, but lora.enabled is true. "
-                "Set model.type to clip_lora or lora.enabled to false."
+                f"{source}: model.type is clip, which has no adapter, but there is a lora section. "
+                "Set model.type to clip_lora, or lora.enabled to false."
             )
         lora["enabled"] = False
     return {"model": {**model, "lora": lora}}
@@ -83,4 +83,4 @@ def refuse_unknown(config: Mapping[str, Any], known: Iterable[str], where: str) 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -18,6 +18,7 @@ class ParameterReport:
         total: parameters of the model without the adapter.
         adapter: parameters of the adapter.
         full: parameters trained in full besides: head, biases.
+        idle: those of the trained that do not travel: of a tower that the head does not use.
         exchanged: numbers that travel, running statistics included.
         exchanged_nbytes: bytes that they take in the types that they have.
         total_nbytes: bytes of an exchange of the full model, its saved buffers included.
@@ -26,6 +27,7 @@ class ParameterReport:
     total: int
     adapter: int
     full: int
+    idle: int
     exchanged: int
     exchanged_nbytes: int
     total_nbytes: int
@@ -44,6 +46,10 @@ class ParameterReport:
             parameters: what is trained.
             exchanged: what travels.
         """
+        travels = {id(tensor) for tensor in exchanged.values()}
+        trained = [p for part in parameters.values() for p in part.values()]
+        # An exchange of the whole model is of its state dict, whose tensors are not themselves.
+        idle = [p for p in trained if id(p) not in travels] if travels & {*map(id, trained)} else []
         factors = [p for part in ("A", "B") for p in parameters[part].values()]
         mine = {id(p) for p in factors}
         base: dict[int, Tensor] = {}
@@ -58,6 +64,7 @@ class ParameterReport:
             total=sum(p.numel() for p in base.values()),
             adapter=sum(p.numel() for p in factors),
             full=sum(p.numel() for p in parameters["other"].values()),
+            idle=sum(p.numel() for p in idle),
             exchanged=sum(t.numel() for t in exchanged.values()),
             exchanged_nbytes=sum(t.nbytes for t in exchanged.values()),
             total_nbytes=sum(t.nbytes for held in (base, buffers) for t in held.values()),
@@ -80,8 +87,9 @@ class ParameterReport:
 
     def __str__(self) -> str:
         """One line for people."""
+        idle = f", {self.idle:,} of them in a tower that the head does not use" if self.idle else ""
         return (
-            f"{self.trained:,} of {self.total:,} parameters trained ({self.percent:.2f} %), "
+            f"{self.trained:,} of {self.total:,} parameters trained ({self.percent:.2f} %){idle}, "
             f"{readable(self.exchanged_nbytes)} of {readable(self.total_nbytes)} exchanged "
             f"({self.reduction:.2f} % less)"
         )

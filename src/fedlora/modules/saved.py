@@ -106,8 +106,7 @@ def load_adapter(folder: str | Path, wrapper_or_model: Any) -> SavedAdapter:
 
     Example:
         >>> import tempfile, torch
-        >>> from fedlora import LoRAConfig, LoRAModelManager, LoRAWrapper
-        >>> from fedlora.modules.saved import load_adapter
+        >>> from fedlora import LoRAConfig, LoRAModelManager, LoRAWrapper, load_adapter
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3))
         >>> lora = LoRAWrapper(model, LoRAConfig(r=2)).apply()
         >>> folder = LoRAModelManager(tempfile.mkdtemp()).save_model(lora, "mine")
