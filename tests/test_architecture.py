@@ -25,6 +25,7 @@ ALLOWED = {
         "files",
         "data.preprocess",
         "data.pictures",
+        "data.templates",
     },
     "data": {"data", "state", "sampling", "errors"},
     "engines": {

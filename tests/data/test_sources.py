@@ -39,7 +39,7 @@ def test_templates_have_one_place_for_the_name(bad):
 
 
 def test_no_template():
-    with pytest.raises(ValueError, match="templates must be at least one prompt"):
+    with pytest.raises(ValueError, match="templates must be a list of at least one prompt"):
         Digits(templates=[])
 
 

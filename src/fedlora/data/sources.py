@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.data.partition import stratified
+from fedlora.data.templates import check_templates
 from fedlora.sampling import derive_seed
 
 SPLITS = ("train", "val", "test")
@@ -73,16 +74,7 @@ class ImageSource(ABC):
     """
 
     def __init__(self, templates: Sequence[str]) -> None:
-        for template in templates:
-            rest = template.replace("{}", "", 1)
-            if rest == template or "{" in rest or "}" in rest:
-                raise ValueError(
-                    "templates must have exactly one {} each, where the class name goes, "
-                    f'got "{template}". Write for example "a photo of a {{}}.".'
-                )
-        if not templates:
-            raise ValueError("templates must be at least one prompt, got an empty list.")
-        self._templates = list(templates)
+        self._templates = check_templates(templates)
 
     @property
     def templates(self) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.data.preprocess import ImagePreprocess
+from fedlora.data.templates import check_templates
 from fedlora.errors import FedloraError
 from fedlora.modules import families
 from fedlora.modules.federated_classifier import FederatedClassifier
@@ -51,22 +52,6 @@ def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str]
     return count
 
 
-def _check_templates(templates: Sequence[str]) -> None:
-    """Refuse what is no list of prompts with a place for the class name."""
-    if isinstance(templates, str) or not templates:
-        raise FedloraError(
-            f"templates must be a list of at least one prompt, got {templates!r}. Leave it out for "
-            f"{list(DEFAULT_TEMPLATES)}."
-        )
-    for template in templates:
-        rest = template.replace("{}", "", 1)
-        if rest == template or "{" in rest or "}" in rest:
-            raise FedloraError(
-                "templates must have exactly one {} each, where the class name goes, got "
-                f"{template!r}."
-            )
-
-
 class FederatedCLIPModel(FederatedClassifier):
     """CLIP (or SigLIP) with a classification head and a federated interface.
 
@@ -104,13 +89,13 @@ class FederatedCLIPModel(FederatedClassifier):
         if not isinstance(model_name, str | PathLike):
             raise FedloraError(f"model_name must be a name or a path, got {model_name!r}.")
         model_name = fspath(model_name)
-        _check_templates(templates)
+        prompts = check_templates(templates)
         preprocess = ImagePreprocess.from_config(load_preprocess_config(model_name))
         super().__init__(preprocess, count)
         self.model_name = model_name
         self.head = head
         self.class_names = None if class_names is None else list(class_names)
-        self.templates = list(templates)
+        self.templates = prompts
         self.clip = load_clip(model_name)
         self.base_sha256 = weights_sha256(self.clip)
         self.logit_scale = families.logit_scale(self.clip)
