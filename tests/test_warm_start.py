@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def test_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with Path(f"runs/version_{number}/metrics.csv").open(newline="") as file:
             tables.append(list(csv.DictReader(file)))
     assert [tables[0][-1][name] for name in RESULTS] == [tables[1][0][name] for name in RESULTS]
+    summaries = [json.loads(Path(f"runs/version_{n}/summary.json").read_text()) for n in (0, 1)]
+    assert ["zero_shot" in summary for summary in summaries] == [True, False]
+    assert summaries[1]["start"]["val/acc"] == float(tables[1][0]["val/acc"])
     # Its folder may go, and the run be gone on with, judged, and moved to another adapter.
     Path("runs/version_0").rename("elsewhere")
     assert main(["fit", "--ckpt_path", "last", "--trainer.max_rounds=2"]) == 0

@@ -130,6 +130,7 @@ def test_the_optimizer_holds_what_is_trained_now(folder: Path) -> None:
         ({"head_lr": -1.0}, "model.head_lr must be 0 or above, got -1.0"),
         ({"head_lr": math.nan}, "head_lr"),
         ({"lora": {"r": 0}}, r"lora\.r must be"),
+        ({"lora": {"save_only_trainable": False}}, "save_only_trainable must be true here"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_loaded(
