@@ -97,6 +97,36 @@ def test_a_whole_exchange_makes_a_new_base(folder: Path, through: str) -> None:
     torch.testing.assert_close(thing(pictures()), answer, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["copy", "data", "replace"])
+def test_a_whole_exchange_that_fails_is_undone_too(folder: Path, how: str) -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.clip = CLIPModel.from_pretrained(folder)
+            self.head = nn.Linear(DIM, 3)
+
+        def get_parameters(self) -> list[Tensor]:
+            return [parameter.detach().clone() for parameter in self.parameters()]
+
+        def set_parameters(self, given: list[Tensor]) -> None:
+            for parameter, value in zip(self.parameters(), given, strict=True):
+                if how == "copy":
+                    parameter.detach().copy_(value)
+                else:
+                    parameter.data = value.clone()
+            if how == "replace":
+                self.head.weight = nn.Parameter(given[-2].clone())
+            raise KeyError
+
+    mine = Mine()
+    lora = wrap(mine, save_only_trainable=False)
+    parameters, before = dict(mine.named_parameters()), lora.get_parameters()
+    with pytest.raises(KeyError):
+        mine.set_parameters([value + 1 for value in mine.get_parameters()])
+    assert all(torch.equal(t, before[n]) for n, t in lora.get_parameters().items())
+    assert all(p is parameters[n] for n, p in mine.named_parameters())
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize(("head", "towers"), [("linear", None), ("text", "vision")])
 def test_biases_are_those_of_the_adapted_towers(

@@ -46,18 +46,14 @@ class Anatomy:
         modules: where a module is found first -> the module ("" where the object itself is one).
         places: every place where a module is found, with the module.
         loose: parameters held by the object itself, in no module that was found, by path.
-        optimizers: every torch optimizer.
         clip: the CLIP.
-        clip_path: where it is.
     """
 
     thing: Any
     modules: dict[str, nn.Module] = field(default_factory=dict)
     places: list[tuple[str, nn.Module]] = field(default_factory=list)
     loose: dict[str, nn.Parameter] = field(default_factory=dict)
-    optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     clip: Any = None
-    clip_path: str = ""
 
     @classmethod
     def of(cls, thing: object) -> Anatomy:
@@ -73,7 +69,7 @@ class Anatomy:
             nearer = cls._collect(thing, _walk(thing, own=True))
             if len(nearer._clips()) == 1:
                 found, clips = nearer, nearer._clips()
-        found.clip_path, found.clip = _the_only(thing, clips)
+        found.clip = _the_only(thing, clips)
         return found
 
     @classmethod
@@ -84,8 +80,6 @@ class Anatomy:
                 found.places.append((path, value))
             elif isinstance(value, nn.Parameter):
                 found.loose[path] = value
-            else:
-                found.optimizers.append(value)
         first = {id(module): path for path, module in reversed(found.places)}
         found.modules = {path: m for path, m in found.places if first[id(m)] == path}
         return found
@@ -203,7 +197,7 @@ def _topmost(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield from _topmost(child, _join(path, name))
 
 
-def _the_only(thing: object, clips: list[tuple[str, nn.Module]]) -> tuple[str, nn.Module]:
+def _the_only(thing: object, clips: list[tuple[str, nn.Module]]) -> nn.Module:
     kind = type(thing).__name__
     if not clips:
         raise FedloraError(
@@ -215,4 +209,4 @@ def _the_only(thing: object, clips: list[tuple[str, nn.Module]]) -> tuple[str, n
             f"{kind} holds {len(clips)} CLIPs ({', '.join(path for path, _ in clips)}) and it is "
             "not clear which one to adapt. Wrap an object that holds one."
         )
-    return clips[0]
+    return clips[0][1]

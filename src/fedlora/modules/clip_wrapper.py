@@ -138,7 +138,7 @@ class CLIPLoRAWrapper(LoRAWrapper):
         return {
             f"{prefix}.{name}" if prefix else name: tensor
             for prefix, module in self.anatomy.modules.items()
-            for name, tensor in module.state_dict().items()
+            for name, tensor in module.state_dict(keep_vars=True).items()
         }
 
     def exchanged(self) -> dict[str, Tensor]:

@@ -136,7 +136,7 @@ class LearnedParts:
         self.served.settle()
 
     def _everything(self) -> dict[str, Tensor]:
-        return dict(self.model.state_dict())
+        return dict(self.model.state_dict(keep_vars=True))  # itself, to be set or put back
 
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weight of each adapted layer, (out_features, in_features); not copies."""

@@ -131,7 +131,7 @@ class OwnMethods:
         before = copy_of(learned)
         with undone_on_error(self.thing, optimizers_in(self.thing)):
             try:
-                with self._view():
+                with only(self.wrapper.roots(), learned.values()):
                     result = self._their("set_parameters")(*args, **kwargs)
                 refuse([f for n, t in learned.items() for f in mismatch(n, before[n], t)], what)
             except BaseException:

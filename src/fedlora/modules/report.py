@@ -48,8 +48,7 @@ class ParameterReport:
         """
         travels = {id(tensor) for tensor in exchanged.values()}
         trained = [p for part in parameters.values() for p in part.values()]
-        # An exchange of the whole model is of its state dict, whose tensors are not themselves.
-        idle = [p for p in trained if id(p) not in travels] if travels & {*map(id, trained)} else []
+        idle = [p for p in trained if id(p) not in travels]
         factors = [p for part in ("A", "B") for p in parameters[part].values()]
         mine = {id(p) for p in factors}
         base: dict[int, Tensor] = {}
