@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from fedlora.data.partition import default_partitioner, divide, stratified
+from fedlora.data.division import divide, stratified
+from fedlora.data.partition import default_partitioner
 from fedlora.data.sources import ImageTable
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.data.sources import Digits, ImageSource, ImageTable
+from fedlora.data.digits import Digits
+from fedlora.data.sources import ImageSource, ImageTable
 
 
 class Nothing(ImageSource):

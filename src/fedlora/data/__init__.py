@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.sources import Digits, ImageSource, ImageTable
+from fedlora.data.decode import BadImageError
+from fedlora.data.digits import Digits
+from fedlora.data.sources import ImageSource, ImageTable
 
 if TYPE_CHECKING:
     from fedlora.data.datamodule import FederatedDataModule
 
-__all__ = ["Digits", "FederatedDataModule", "ImagePreprocess", "ImageSource", "ImageTable"]
+__all__ = [
+    "BadImageError",
+    "Digits",
+    "FederatedDataModule",
+    "ImagePreprocess",
+    "ImageSource",
+    "ImageTable",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fedlora.data.cache import PictureCache
+from fedlora.data.cache import Pictures
 from fedlora.sampling import derive_seed
 
 Batch = dict[str, Tensor]
@@ -26,7 +26,7 @@ class LabelledRows(Dataset[Batch]):
         rows: (n,) int64, the rows of this set.
     """
 
-    images: PictureCache
+    images: Pictures
     labels: Tensor
     rows: Tensor
 

@@ -1,11 +1,18 @@
-"""Pictures at the model's size, read and resized once."""
+"""Pictures at the model's size: read once, resized once."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.data.decode import BadImageError
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources import ImageSource
 
@@ -13,28 +20,29 @@ from fedlora.data.sources import ImageSource
 _CHUNK = 512
 
 
-class PictureCache:
-    """All pictures of a source as uint8, in memory.
+class Reporter(Protocol):
+    """Whom to tell how far it is; the trainer's progress display is one."""
 
-    Args:
-        source: where they come from; ``load()`` was called.
-        num_rows: how many there are.
-        preprocess: the size that they are brought to.
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def track(self, what: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar; what it gives is called with the number of further steps done."""
+
+
+class Pictures(ABC):
+    """All pictures of a source as uint8 at one size.
+
+    Attributes:
+        preprocess: how they were brought to it.
+        bad: row -> why it cannot be read. Such rows must not be asked for.
     """
 
-    def __init__(self, source: ImageSource, num_rows: int, preprocess: ImagePreprocess) -> None:
+    def __init__(self, preprocess: ImagePreprocess, bad: Mapping[int, str]) -> None:
         self.preprocess = preprocess
-        size = preprocess.size
-        self._images = np.empty((num_rows, 3, size, size), dtype=np.uint8)
-        for start in range(0, num_rows, _CHUNK):
-            rows = range(start, min(start + _CHUNK, num_rows))
-            found = source.read(rows)
-            if isinstance(found, Tensor):
-                self._images[rows.start : rows.stop] = preprocess.resize(found).numpy()
-            else:
-                for row, image in zip(rows, found, strict=True):
-                    self._images[row] = preprocess.resize(image).numpy()
+        self.bad = dict(bad)
 
+    @abstractmethod
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Pictures of some rows.
 
@@ -44,5 +52,54 @@ class PictureCache:
         Returns:
             (n, 3, size, size), uint8, on the CPU.
         """
+
+
+class MemoryPictures(Pictures):
+    """All pictures in memory, for sources that hold theirs there anyway.
+
+    Args:
+        source: where they come from; ``load()`` was called.
+        num_rows: how many there are.
+        preprocess: the size that they are brought to.
+    """
+
+    def __init__(self, source: ImageSource, num_rows: int, preprocess: ImagePreprocess) -> None:
+        size = preprocess.size
+        bad: dict[int, str] = {}
+        self._images = np.empty((num_rows, 3, size, size), dtype=np.uint8)
+        for start in range(0, num_rows, _CHUNK):
+            rows = range(start, min(start + _CHUNK, num_rows))
+            bad |= resized(source, rows, preprocess, self._images[rows.start : rows.stop])
+        super().__init__(preprocess, bad)
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Pictures of some rows."""
         # numpy copies on one thread: for a batch, waking torch's others costs more than it saves.
         return torch.from_numpy(self._images.take(rows.numpy(), axis=0))
+
+
+def resized(
+    source: ImageSource, rows: Sequence[int], preprocess: ImagePreprocess, out: NDArray[np.uint8]
+) -> dict[int, str]:
+    """Read and resize some rows.
+
+    Args:
+        source: where they come from.
+        rows: which, n of them.
+        preprocess: the size.
+        out: (n, 3, size, size), filled; what stands in the place of a bad picture is undefined.
+
+    Returns:
+        row -> why it cannot be read.
+    """
+    bad: dict[int, str] = {}
+    found = source.read(rows)
+    if isinstance(found, Tensor):
+        out[:] = preprocess.resize(found).numpy()
+        return bad
+    for position, (row, image) in enumerate(zip(rows, found, strict=True)):
+        if isinstance(image, BadImageError):
+            bad[row] = str(image)
+        else:
+            out[position] = preprocess.resize(image).numpy()
+    return bad

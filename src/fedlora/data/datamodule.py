@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fedlora.data.batches import Batch, EpochSampler, LabelledRows
-from fedlora.data.cache import PictureCache
-from fedlora.data.partition import Division, Rows, check_num_partitions, divide
+from fedlora.data.cache import MemoryPictures, Pictures
+from fedlora.data.division import Division, divide
+from fedlora.data.partition import Rows, check_num_partitions
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.sources import Digits, ImageSource
+from fedlora.data.digits import Digits
+from fedlora.data.sources import ImageSource
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 class _Ready:
     """What setup() leaves behind."""
 
-    images: PictureCache
+    images: Pictures
     labels: Tensor
     division: Division
 
@@ -148,7 +150,7 @@ class FederatedDataModule(LightningDataModule):
             client_val_fraction=self.client_val_fraction,
             seed=self.seed,
         )
-        images = PictureCache(self.source, len(table), preprocess)
+        images = MemoryPictures(self.source, len(table), preprocess)
         self._state = _Ready(images, torch.from_numpy(table.labels), division)
 
     def clients(self) -> list[Client]:

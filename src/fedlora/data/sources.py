@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.partition import stratified
+from fedlora.data.decode import BadImageError
 from fedlora.data.templates import check_templates
-from fedlora.sampling import derive_seed
 
 SPLITS = ("train", "val", "test")
 
@@ -26,21 +23,29 @@ class ImageTable:
 
     Attributes:
         labels: (n,) int64, position in the source's ``class_names``.
-        split: (n,) of "train", "val", "test". Where no row says "val", a part of the training
-            rows becomes the server's validation split.
+        split: (n,) of "train", "val", "test". Where no row says "val" or none says "test", a part
+            of the training rows becomes that split.
         keys: (n,) distinct and sortable: what a row is called wherever it stands in the table
             (a relative path, an id). Splits depend on keys, never on positions.
         site: (n,) str, who recorded the picture, or None where nobody knows.
+        columns: further columns by name, (n,) each, str or numbers: what else a partitioner can
+            divide by and ``hold_out`` can name (a scanner, a domain).
+        stamps: (n,) str, which changes whenever the pixels of a row do (for a file: its size and
+            time of change). Pictures with stamps are kept in the cache folder, shared by runs;
+            None: they are kept in memory, for sources that hold them there anyway.
     """
 
     labels: NDArray[np.int64]
     split: NDArray[np.str_]
     keys: NDArray[Any]
     site: NDArray[np.str_] | None = None
+    columns: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    stamps: NDArray[np.str_] | None = None
 
     def __post_init__(self) -> None:
         """Check that the columns fit together."""
-        columns = {"split": self.split, "keys": self.keys, "site": self.site}
+        columns = {"split": self.split, "keys": self.keys, "site": self.site, "stamps": self.stamps}
+        columns |= self.columns
         for name, column in columns.items():
             if column is not None and column.shape != (len(self),):
                 raise ValueError(
@@ -90,76 +95,24 @@ class ImageSource(ABC):
     def prepare(self) -> None:  # noqa: B027
         """Download or check what ``load()`` needs. Runs once per machine, before all else."""
 
+    @property
+    def place(self) -> str:
+        """What tells this source from others in the cache folder: a full path, a hub name."""
+        return f"{type(self).__module__}.{type(self).__qualname__}"
+
     @abstractmethod
     def load(self) -> ImageTable:
         """Say what there is. Reads no pixels, so it is quick for any number of pictures."""
 
     @abstractmethod
-    def read(self, rows: Sequence[int]) -> Tensor | list[Tensor]:
-        """Read pictures; called once per row and run, in chunks.
+    def read(self, rows: Sequence[int]) -> Tensor | Sequence[Tensor | BadImageError]:
+        """Read pictures, in chunks; from several threads at once where the table has stamps.
 
         Args:
             rows: positions in the table of ``load()``.
 
         Returns:
-            uint8, grey (C = 1) or RGB (C = 3): one tensor (n, C, H, W), or a list of n tensors
-            (C, H, W) where sizes differ.
+            uint8, grey (C = 1) or RGB (C = 3): one tensor (n, C, H, W), or n tensors (C, H, W)
+            where sizes differ, with an error (returned, not raised) in the place of a picture
+            that cannot be read.
         """
-
-
-class Digits(ImageSource):
-    """The 1,797 handwritten digits that come with scikit-learn: grey, 8 x 8 pixels.
-
-    The test split is the same in every run, whatever the run's seed, so that test accuracies
-    compare.
-
-    Args:
-        test_fraction: part of each class kept for testing.
-        templates: prompts with one ``{}`` each; None for a few about digits.
-
-    Raises:
-        ValueError: if ``test_fraction`` is not between 0 and 1 or a template is not usable.
-    """
-
-    def __init__(self, test_fraction: float = 0.2, templates: list[str] | None = None) -> None:
-        if not 0 < test_fraction < 1:
-            raise ValueError(
-                f"test_fraction must be between 0 and 1, both excluded, got {test_fraction}."
-            )
-        self.test_fraction = test_fraction
-        super().__init__(_DIGIT_TEMPLATES if templates is None else templates)
-
-    @property
-    def class_names(self) -> list[str]:
-        """The words zero to nine."""
-        return ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-
-    def load(self) -> ImageTable:
-        """All 1,797 rows in scikit-learn's order."""
-        labels = self._arrays[1]
-        order = np.random.default_rng(derive_seed("digits", "test split")).permutation(len(labels))
-        split = np.full(len(labels), "train")
-        split[order[stratified(labels[order], self.test_fraction)]] = "test"
-        return ImageTable(labels, split.astype(np.str_), np.arange(len(labels)))
-
-    def read(self, rows: Sequence[int]) -> Tensor:
-        """Pictures (n, 1, 8, 8), uint8."""
-        return self._arrays[0][list(rows)]
-
-    @cached_property
-    def _arrays(self) -> tuple[Tensor, NDArray[np.int64]]:
-        """Pictures (1797, 1, 8, 8) and labels (1797,)."""
-        from sklearn.datasets import load_digits
-
-        found = load_digits()
-        # 17 levels of ink, 0 to 16.
-        pixels = np.round(found.images * (255 / 16)).astype(np.uint8)
-        return torch.from_numpy(pixels).unsqueeze(1), found.target.astype(np.int64)
-
-
-_DIGIT_TEMPLATES = (
-    "a photo of the digit {}.",
-    "the number {}.",
-    "a blurry picture of the digit {}.",
-    "a low resolution image of the digit {}.",
-)
