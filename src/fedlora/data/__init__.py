@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.decode import BadImageError
 from fedlora.data.digits import Digits
+from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources import ImageSource, ImageTable
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from fedlora.data.batches import Batch, EpochSampler, LabelledRows
 from fedlora.data.cache import MemoryPictures, Pictures
+from fedlora.data.digits import Digits
 from fedlora.data.division import Division, divide
 from fedlora.data.partition import Rows, check_num_partitions
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.digits import Digits
 from fedlora.data.sources import ImageSource
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round

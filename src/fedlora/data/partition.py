@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.sampling import derive_seed
-
 # Before flwr_datasets is imported anywhere: it reports its use to its makers otherwise.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
