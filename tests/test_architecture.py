@@ -27,7 +27,7 @@ ALLOWED = {
         "data.pictures",
         "data.templates",
     },
-    "data": {"data", "state", "sampling", "errors"},
+    "data": {"data", "state", "sampling", "errors", "files"},
     "engines": {
         "engines",
         "aggregation",

@@ -106,7 +106,7 @@ WRONG = [
     (["fit", "--config", "clip_lora.yaml", "--trainer.averaging.precison=32-true"], 2, "Did you mean precision?"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.averaging.aggregator=FedEx"], 2, "Did you mean FedExLoRA?"),
     (["fit", "--config", "clip_lora.yaml", "--data.partitioner=Dirichlet"], 2, "Did you mean DirichletPartitioner?"),
-    (["fit", "--config", "clip_lora.yaml", "--data.partitioner.alpa=0.3"], 2, "Did you mean alpha?"),
+    (["fit", "--config", "clip_lora.yaml", "--data.partitioner=DirichletPartitioner", "--data.partitioner.alpa=0.3"], 2, "Did you mean alpha?"),
     (["ft"], 2, "Did you mean fit?"),
     (["inof"], 2, "Did you mean info?"),
     ([], 2, "subcommand"),

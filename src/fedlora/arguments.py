@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Commands beside LightningCLI's: name -> (the module whose run(args) it is, what it does).
 TOOLS = {
     "info": ("fedlora.tools.info", "Show how much of a model is trained and how much travels."),
+    "partition": ("fedlora.tools.partition", "Show who holds which pictures, before training."),
 }
 
 
@@ -118,7 +119,7 @@ def explain(error: Exception, known: Iterable[str]) -> str:
     """
     text = " ".join(str(error).split())
     keys = re.findall(r'Parser key "([^"]+)"', text)
-    given = re.search(r" Given value: (.*)$", text)
+    given = re.search(r" Given value: (.*?)(?: - Expected a | Given value type: |$)", text)
     text = re.split(r" - Expected a <class 'NoneType'>| Given value type: ", text)[0]
     text = re.sub(
         r"^.*(?:Parser key \"[^\"]+\": |Problem with given class_path '[^']*': |Errors: )", "", text
@@ -149,13 +150,16 @@ def explain(error: Exception, known: Iterable[str]) -> str:
 
 def _of_type(text: str, value: str) -> str:
     """The members of a union that a value is none of, "Expected a <class '…'>" each, in words."""
-    member = r"Expected a <class '(\w+)'>"
+    member = r"Expected a (?:<class '(\w+)'>|typing\.Literal\[(.*?)\])"
     if not re.fullmatch(rf"{member}(?: - {member})*", text):
         return text
-    kinds = list(dict.fromkeys(re.findall(member, text)))
-    if set(kinds) <= {"list", "tuple", "set"}:
+    found = re.findall(member, text)
+    kinds = list(dict.fromkeys(kind for kind, _ in found if kind))
+    allowed = [names for _, names in found if names]
+    if not allowed and set(kinds) <= {"list", "tuple", "set"}:
         return f"should be a list such as [{value}] but got {value}"
-    return f"should be of type {' or '.join(kinds)} but got {value}"
+    allowed += [f"of type {' or '.join(kinds)}"] if kinds else []
+    return f"should be {' or '.join(allowed)} but got {value}"
 
 
 def _close(name: str, known: Iterable[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from fedlora.checkpoint import versions
 from fedlora.engines.evaluate import batches_on
 from fedlora.export import export_adapter
-from fedlora.files import write_atomically, write_json
+from fedlora.files import write_csv, write_json
 
 if TYPE_CHECKING:
     from fedlora.rounds import Rounds
@@ -51,7 +50,7 @@ def export_personal(rounds: Rounds) -> int:
     return len(server.versions)
 
 
-def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
+def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str, Any]:
     """Write ``summary.json`` of a run that is over, and return it."""
     trainer = rounds.trainer
     history = trainer.server.history
@@ -68,9 +67,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float]) -> dict[str, Any]:
         **test,
         # A run that goes on from an adapter has no untrained model.
         "start" if trainer.lightning_module.adapter else "zero_shot": {
-            name: first[name]
-            for name in ("val/acc", "val/loss", "test/acc", "test/loss")
-            if name in first
+            name: value for name, value in first.items() if name.startswith(("val/", "test/"))
         },
         "final": dict(last),
         "best": None if best is None else dict(best),
@@ -99,31 +96,24 @@ def summary_round(path: Path) -> int | None:
 
 @torch.no_grad()
 def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
-    """Write ``index, label, probability`` of every picture to predict; returns how many."""
+    """Write a row for every picture to predict; returns how many.
+
+    ``index``: its row in the source; ``picture``: what the source calls it; ``label``: the class
+    predicted; ``probability``: that of this class.
+    """
     module = trainer.lightning_module
     names = trainer.datamodule.class_names
     module.eval()
 
-    def rows() -> Iterator[tuple[int, str, float]]:
+    def rows() -> Iterator[tuple[int, str, str, float]]:
         for number, batch in enumerate(
             batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())
         ):
             with trainer.fabric.autocast():
                 out = module.predict_step(batch, number)
-            best = out["probs"].max(1)
-            for index, label, value in zip(out["index"], best.indices, best.values, strict=True):
-                yield int(index), names[int(label)], round(float(value), 6)
+            index, best = out["index"].cpu(), out["probs"].max(1)
+            columns = index, trainer.datamodule.keys(index), best.indices, best.values
+            for row, key, label, value in zip(*columns, strict=True):
+                yield int(row), key, names[int(label)], round(float(value), 6)
 
-    count = 0
-
-    def write(file: Path) -> None:
-        nonlocal count
-        with file.open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream, lineterminator="\n")
-            writer.writerow(("index", "label", "probability"))
-            for row in rows():
-                writer.writerow(row)
-                count += 1
-
-    write_atomically(path, write)
-    return count
+    return write_csv(path, ("index", "picture", "label", "probability"), rows())

@@ -29,6 +29,8 @@ FREE = (
     "trainer.logger",
     "trainer.progress",
     "trainer.default_root_dir",
+    "data.cache_dir",
+    "data.cache_gb",
     "model.adapter",  # where a run started from: its checkpoint has all that came of it
     "ckpt_path",
     "config",

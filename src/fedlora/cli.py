@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlora.arguments import TOOLS, complete, explain, known_names
 from fedlora.data.datamodule import FederatedDataModule
+from fedlora.data.partition import link_partitioner
 from fedlora.errors import UsageError
 from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.trainer import FederatedTrainer
@@ -61,9 +62,7 @@ class FederatedCLI(LightningCLI):
         """``--quiet``, and one seed and one number of clients for all."""
         parser.add_argument("--quiet", action="store_true", help="Print nothing but errors.")
         parser.link_arguments("seed_everything", "trainer.seed")
-        parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("data.num_clients", "data.partitioner.init_args.num_partitions")
-        parser.link_arguments("seed_everything", "data.partitioner.init_args.seed")
+        link_partitioner(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a mistake becomes one line with the nearest name that exists."""

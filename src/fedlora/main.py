@@ -10,7 +10,7 @@ from functools import partial
 from importlib import import_module
 from types import FrameType
 
-from fedlora.errors import Terminated, UsageError
+from fedlora.errors import FedloraError, Terminated, UsageError
 
 DONE, FAILED, USAGE = 0, 1, 2  # and 128 + the number of the signal that ended it
 RESUME = "A run that had begun goes on with: fedlora fit --ckpt_path last"
@@ -82,9 +82,18 @@ def _ended(number: int) -> int:
     return 128 + number
 
 
-def _failed(error: Exception) -> int:
+def _failed(raised: Exception) -> int:
+    error = _mendable(raised)
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | UsageError):
         text = f"{type(error).__name__}: {text} (FEDLORA_DEBUG=1 shows where)"
     print(f"fedlora: {text}", file=sys.stderr)
     return USAGE if isinstance(error, UsageError) else FAILED
+
+
+def _mendable(error: Exception) -> BaseException:
+    """Our own line, where a library has wrapped it into its words."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, FedloraError | UsageError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause

@@ -13,7 +13,7 @@ import torch
 from fedlora import artefacts, checkpoint
 from fedlora.aggregation.meter import AggregationMeter
 from fedlora.callbacks.base import Row
-from fedlora.engines.evaluate import evaluate, evaluate_clients
+from fedlora.engines.evaluate import evaluate_clients, evaluate_split
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.run_folder import CHECKPOINTS, RunFolder
 from fedlora.sampling import choose
@@ -21,6 +21,7 @@ from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
 
 if TYPE_CHECKING:
     from fedlora.engines.sequential import SequentialEngine
+    from fedlora.modules.metrics import Scores
     from fedlora.trainer import FederatedTrainer
 
 
@@ -76,6 +77,7 @@ class Rounds:
             "rule": _class_path(self.rule),
             "base_model_sha256": engine.lora.federated.base_sha256,
             "class_names": list(engine.data.class_names),
+            "pictures_sha256": engine.data.holdings.fingerprint(),
             "client_samples": [client.num_samples for client in clients],
             "scaling": dict(engine.lora.scaling),
             "shapes": {name: list(tensor.shape) for name, tensor in engine.lora.state().tensors()},
@@ -98,7 +100,7 @@ class Rounds:
             "round": 0,
             **self._evaluate(state, choose(self.clients, self.round(0))),
         }
-        row.update(self.test())
+        row.update(self.test().values)
         self._commit(replace(state, history=(row,)), row)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -168,25 +170,19 @@ class Rounds:
         self, state: ServerState, participants: Sequence[Client]
     ) -> dict[str, float | None]:
         """Metrics of the server's validation split and of clients' own."""
-        loop, data = self.engine.loop, self.engine.data
-        values = evaluate(
-            loop.fabric, loop.module, data.val_dataloader(), loop.module.validation_step
-        )
-        row: dict[str, float | None] = {f"val/{name}": value for name, value in values.items()}
+        loop = self.engine.loop
+        row = evaluate_split(loop.fabric, loop.module, self.engine.data, "val").values
         which = self.trainer.val_clients
         chosen = participants if which == "participants" else self.clients
         if isinstance(which, int):
             chosen = choose(self.clients, replace(self.round(0), cohort=which))
-        return row | evaluate_clients(
-            self.engine, chosen, self.round(state.round_idx), state, self.rule
-        )
+        rnd = self.round(state.round_idx)
+        return {**row, **evaluate_clients(self.engine, chosen, rnd, state, self.rule)}
 
-    def test(self) -> dict[str, float]:
+    def test(self, per_class: bool = False) -> Scores:
         """Metrics of the test split of the model as it is loaded."""
         loop = self.engine.loop
-        batches = self.engine.data.test_dataloader()
-        values = evaluate(loop.fabric, loop.module, batches, loop.module.test_step)
-        return {f"test/{name}": value for name, value in values.items()}
+        return evaluate_split(loop.fabric, loop.module, self.engine.data, "test", per_class)
 
     def _commit(self, state: ServerState, row: Row) -> None:
         """Let callbacks judge the row, save, and tell everyone that the round is over."""

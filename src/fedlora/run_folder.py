@@ -32,6 +32,7 @@ class RunFolder:
     adapter = property(lambda self: self.path / "adapter")
     summary = property(lambda self: self.path / "summary.json")
     predictions = property(lambda self: self.path / "predictions.csv")
+    skipped = property(lambda self: self.path / "skipped.csv")
     log = property(lambda self: self.path / "fedlora.log")
 
     def checkpoint(self, name: str) -> Path:

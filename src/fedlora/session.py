@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
 from lightning.fabric import Fabric
@@ -15,8 +15,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fedlora import artefacts, checkpoint
-from fedlora.engines.evaluate import evaluate
+from fedlora import artefacts, checkpoint, per_class
+from fedlora.engines.evaluate import evaluate_split
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
@@ -27,6 +27,7 @@ from fedlora.sampling import derive_seed
 from fedlora.state import AdapterState, Client, ServerState
 
 if TYPE_CHECKING:
+    from fedlora.modules.metrics import Scores
     from fedlora.trainer import FederatedTrainer
 
 T = TypeVar("T")
@@ -205,14 +206,17 @@ def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
 def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:
     """Test once, and write what a run leaves behind."""
     trainer.call("on_test_start")
-    test = rounds.test()
+    scores = rounds.test(per_class=True)
     trainer.call("on_test_end")
+    if scores.classes:
+        names = trainer.datamodule.class_names
+        per_class.write(rounds.run.path / per_class.OF_RUN, names, scores.classes)
     personal = artefacts.export_personal(rounds)
     for logger in trainer.loggers:
-        logger.log_metrics(test, step=trainer.server.round_idx)
+        logger.log_metrics(_defined(scores), step=trainer.server.round_idx)
         logger.finalize("success")
     # Last: a run that has its summary is a finished one.
-    summary = artefacts.write_summary(rounds, test)
+    summary = artefacts.write_summary(rounds, scores.values)
     trainer.progress.conclude(summary, rounds.run, personal)
 
 
@@ -249,23 +253,26 @@ def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
 
 
 def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
-    """Metrics of the split that the trainer's stage names."""
-    load_for_evaluation(trainer, ckpt_path)
+    """Metrics of the split that the trainer's stage names; of the test split each class's too."""
+    run = load_for_evaluation(trainer, ckpt_path)
     model, data = trainer.lightning_module, trainer.datamodule
     testing = trainer.state.fn == TrainerFn.TESTING
-    prefix = "test" if testing else "val"
     trainer.call(f"on_{'test' if testing else 'validation'}_start")
-    values = evaluate(
-        trainer.fabric,
-        model,
-        data.test_dataloader() if testing else data.val_dataloader(),
-        model.test_step if testing else model.validation_step,
-    )
-    named = {f"{prefix}/{name}": value for name, value in values.items()}
-    trainer.callback_metrics = {name: torch.tensor(value) for name, value in named.items()}
+    split: Literal["val", "test"] = "test" if testing else "val"
+    scores = evaluate_split(trainer.fabric, model, data, split, per_class=testing)
+    values = _defined(scores)
+    trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
     trainer.call(f"on_{'test' if testing else 'validation'}_end")
-    trainer.progress.table(named)
-    return named
+    trainer.progress.table({name: values.get(name, "not defined") for name in scores.values})
+    if scores.classes:
+        path = (run.path if run else trainer.default_root_dir) / per_class.OF_TEST
+        per_class.write(path, data.class_names, scores.classes)
+        per_class.show(trainer.progress, data.class_names, scores.classes, path)
+    return values
+
+
+def _defined(scores: Scores) -> dict[str, float]:
+    return {name: value for name, value in scores.values.items() if value is not None}
 
 
 def device_type(accelerator: str) -> str:

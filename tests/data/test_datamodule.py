@@ -10,7 +10,16 @@ from flwr_datasets.partitioner import DirichletPartitioner, IidPartitioner, Natu
 from jsonargparse import ArgumentError, ArgumentParser
 
 import fedlora.data
-from fedlora.data import Digits, FederatedDataModule, ImagePreprocess, ImageSource, ImageTable
+from fedlora.data import (
+    Augmentation,
+    BadImageError,
+    Digits,
+    FederatedDataModule,
+    ImagePreprocess,
+    ImageSource,
+    ImageTable,
+)
+from fedlora.data.partition import link_partitioner
 from fedlora.state import Client, Round
 
 PREPROCESS = ImagePreprocess(16, True, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -173,7 +182,7 @@ def test_sites_and_unequal_pictures():
 
 def test_setup_reads_once_per_preprocess():
     source = Hospitals()
-    data = ready(source=source, num_clients=2)
+    data = ready(source=source, partitioner=IidPartitioner(2))
     assert source.asked == ["prepare", "load", *range(60)]
     data.setup("fit")
     data.setup("test")
@@ -203,12 +212,16 @@ def test_the_constructor_touches_nothing():
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and less than 1, got 1.0"),
         ({"client_val_fraction": -0.1}, "client_val_fraction must be at least 0 .* got -0.1"),
+        ({"test_fraction": 1.5}, "test_fraction must be at least 0 and less than 1, got 1.5"),
+        ({"n_shots": 0}, "n_shots must be at least 1, got 0"),
+        ({"cache_gb": -1.0}, "cache_gb must be at least 0, got -1.0"),
+        ({"cache_gb": float("nan")}, "cache_gb must be at least 0, got nan"),
         (
             {"partitioner": IidPartitioner(4), "num_clients": 5},
             r"num_clients is 5 but IidPartitioner makes 4 partitions \(num_partitions=4\)",
         ),
         (
-            {"partitioner": DirichletPartitioner(4, "label", 0.3)},
+            {"partitioner": DirichletPartitioner(4, "label", 0.3), "num_clients": 10},
             "num_clients is 10 but DirichletPartitioner makes 4",
         ),
     ],
@@ -356,12 +369,147 @@ def test_without_the_link_the_number_is_asked_for_or_compared():
     with pytest.raises(ArgumentError, match="arguments are required: num_partitions"):
         parse("partitioner=IidPartitioner", links=())
     with pytest.raises(ValueError, match="num_clients is 10 but IidPartitioner makes 3"):
-        parse("partitioner=IidPartitioner", "partitioner.num_partitions=3", links=())
+        parse(
+            "partitioner=IidPartitioner",
+            "partitioner.num_partitions=3",
+            "num_clients=10",
+            links=(),
+        )
 
 
 def test_source_by_short_name():
     data = parse("source=Digits", "source.test_fraction=0.3", "source.templates=['a {}.']")
     assert (data.source.test_fraction, data.templates) == (0.3, ["a {}."])
+
+
+def test_without_a_number_there_are_as_many_as_sites_or_ten_or_the_partitioner_makes():
+    assert [client.name for client in ready(source=Hospitals()).clients()] == [
+        "north",
+        "south",
+        "west",
+    ]
+    assert len(ready().clients()) == 10
+    assert len(ready(partitioner=IidPartitioner(4)).clients()) == 4
+
+
+def test_links_without_a_number_of_clients():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", type=int, default=7)
+    parser.add_class_arguments(FederatedDataModule, "data")
+    link_partitioner(parser)
+    config = parser.parse_args(["--data.partitioner=IidPartitioner"])
+    data = parser.instantiate(config).data
+    assert (data.partitioner.num_partitions, data.num_clients, data.seed) == (10, None, 7)
+
+
+def test_what_a_batch_is_called(digits):
+    batch = next(digits.test_dataloader().__iter__())
+    assert digits.keys(batch["index"]) == [str(i) for i in batch["index"].tolist()]
+    data = ready(source=Hospitals())
+    assert data.keys(torch.tensor([3, 0])) == ["03.png", "00.png"]
+
+
+def test_class_counts_are_those_of_the_training_rows(digits):
+    labels = torch.cat([batch["label"] for batch in digits.train_dataloader()])
+    assert digits.class_counts() == torch.bincount(labels).tolist()
+
+
+class Broken(Hospitals):
+    """Rows 4 and 30 cannot be read."""
+
+    def read(self, rows):
+        images = super().read(rows)
+        return [
+            BadImageError("it is torn") if r in (4, 30) else i
+            for r, i in zip(rows, images, strict=True)
+        ]
+
+
+def test_a_picture_that_cannot_be_read():
+    with pytest.raises(
+        ValueError, match=r"picture 04.png and 1 more: it is torn\. Mend or remove it, or set"
+    ):
+        ready(source=Broken())
+    data = ready(source=Broken(), on_bad_image="skip")
+    assert data.holdings.skipped == {"04.png": "it is torn", "30.png": "it is torn"}
+    rows = [*indices(data.train_dataloader()), *indices(data.test_dataloader())]
+    rows += indices(data.val_dataloader())
+    rows += [i for c in data.clients() for i in indices(data.client_val_batches(c))]
+    assert sorted(rows) == [i for i in range(60) if i not in (4, 30)]
+    assert "2 unreadable ones left out" in data.holdings.summary()
+
+
+def test_who_gets_what_without_pictures():
+    source = Broken()
+    data = FederatedDataModule(source=source)
+    data.prepare_data()
+    _, division = data.divide()
+    assert source.asked == ["prepare", "load"]
+    parts = [*division.train, *division.client_val, division.val, division.test]
+    assert sum(map(len, parts)) == 60
+    skipping = FederatedDataModule(source=Broken(), on_bad_image="skip")
+    skipping.preprocess = PREPROCESS
+    _, division = skipping.divide()
+    assert not {4, 30} & set(np.concatenate([*division.train, division.val]).tolist())
+
+
+def test_held_out_and_few():
+    data = ready(source=Hospitals(), hold_out="south", n_shots=3)
+    assert {i % 3 for i in indices(data.test_dataloader())} == {1}
+    assert len(indices(data.test_dataloader())) == 20
+    # West's training rows are all of one class.
+    assert [client.num_samples for client in data.clients()] == [6, 3]
+
+
+def test_training_pictures_are_changed_and_others_not():
+    plain, data = ready(), ready(augment=Augmentation(flip=1, crop_scale=None))
+    client = data.clients()[0]
+    for batches in ("client_batches", "train_dataloader"):
+        args = (client, Round(0), 0) if batches == "client_batches" else ()
+        first = next(iter(getattr(plain, batches)(*args)))
+        flipped = next(iter(getattr(data, batches)(*args)))
+        assert torch.equal(first["index"], flipped["index"])
+        assert torch.equal(first["image"].flip(-1), flipped["image"])
+    for batches in ("test_dataloader", "val_dataloader"):
+        pairs = zip(getattr(plain, batches)(), getattr(data, batches)(), strict=True)
+        assert all(torch.equal(a["image"], b["image"]) for a, b in pairs)
+    held = zip(plain.client_val_batches(client), data.client_val_batches(client), strict=True)
+    assert all(torch.equal(a["image"], b["image"]) for a, b in held)
+
+
+def pictures(batches):
+    """Row -> its pixels."""
+    return {
+        int(i): image
+        for batch in batches
+        for i, image in zip(batch["index"], batch["image"], strict=True)
+    }
+
+
+def differ(one, other):
+    return sum(not torch.equal(one[row], other[row]) for row in one) > len(one) // 2
+
+
+def test_changes_are_a_function_of_seed_round_client_and_epoch():
+    data = ready(augment=Augmentation())
+    client = data.clients()[0]
+    first = pictures(data.client_batches(client, Round(0), 0))
+    for call in ((Round(1), 0), (Round(0), 1), (Round(0, seed=1), 0)):
+        assert differ(first, pictures(data.client_batches(client, *call)))
+    # Whatever the size of a batch.
+    again = ready(augment=Augmentation(), batch_size=7)
+    same = pictures(again.client_batches(client, Round(0), 0))
+    assert all(torch.equal(first[row], same[row]) for row in first)
+
+
+def test_the_pool_changes_from_epoch_to_epoch():
+    data = ready(augment=Augmentation())
+    loader = data.train_dataloader()
+    first, second = pictures(loader), pictures(loader)
+    assert differ(first, second)
+    loader.sampler.set_epoch(0)
+    again = pictures(loader)
+    assert all(torch.equal(first[row], again[row]) for row in first)
 
 
 def test_client_is_plain_data(digits):

@@ -4,6 +4,7 @@ import math
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,9 +65,48 @@ def test_training_step(folder: Path, smoothing: float) -> None:
     assert torch.equal(out["correct"], logits.argmax(1) == BATCH["label"])
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_class_weights_weigh_each_sample_of_the_training_loss(
+    folder: Path, smoothing: float
+) -> None:
+    weights = torch.tensor([0.5, 2.0, 4.0])
+    module, _ = built(folder, label_smoothing=smoothing, class_weights=weights.tolist())
+    out = module.training_step(BATCH)
+    expected = losses_by_hand(module(BATCH["image"]), smoothing) * torch.tensor([4.0, 0.5, 2, 2])
+    torch.testing.assert_close(out["losses"], expected)
+    torch.testing.assert_close(out["loss"], expected.sum() / 4)  # not / (4 + 0.5 + 2 + 2)
+    # The other classes' weights do not matter, as they would in torch's weighted smoothing.
+    one = {name: value[2:] for name, value in BATCH.items()}
+    torch.testing.assert_close(module.training_step(one)["losses"], expected[2:])
+    module.loss_weights = torch.tensor([9.0, 2.0, 9.0])
+    torch.testing.assert_close(module.training_step(one)["losses"], expected[2:])
+
+
+def test_balanced_class_weights_come_from_the_data(folder: Path) -> None:
+    module = make(folder, class_weights="balanced")
+    data = SimpleNamespace(class_names=NAMES, templates=TEMPLATES, class_counts=lambda: [6, 3, 1])
+    module.trainer = trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    module.configure_model()
+    assert trainer.datamodule is data
+    torch.testing.assert_close(module.loss_weights, torch.tensor([10 / 18, 10 / 9, 10 / 3]))
+    assert "loss_weights" not in module.state_dict()
+    assert module.double().loss_weights.dtype == torch.float64  # it moves with the model
+
+
+def test_class_weights_that_cannot_be_made(folder: Path) -> None:
+    balanced = make(folder, class_weights="balanced")
+    with pytest.raises(FedloraError, match="balanced needs the training rows of each class"):
+        balanced.build(NAMES)
+    balanced.build(NAMES, class_counts=[1, 2, 3])
+    with pytest.raises(FedloraError, match=r"one number per class \(3\), got 2"):
+        make(folder, class_weights=[1.0, 2.0]).build(NAMES)
+    with pytest.raises(FedloraError, match=r"one number per class \(3\), got 2"):
+        make(folder, class_weights=[1.0, 2.0], num_classes=3).build(None)
+
+
 @pytest.mark.parametrize("step", ["validation_step", "test_step"])
-def test_validation_and_test_steps_do_not_smooth(folder: Path, step: str) -> None:
-    module, _ = built(folder, label_smoothing=0.3)
+def test_validation_and_test_steps_neither_smooth_nor_weigh(folder: Path, step: str) -> None:
+    module, _ = built(folder, label_smoothing=0.3, class_weights=[1.0, 5.0, 9.0])
     out = getattr(module.eval(), step)(BATCH)
     assert set(out) == {"losses", "logits", "label"}
     assert out["logits"].shape == (4, 3)
@@ -129,6 +169,8 @@ def test_the_optimizer_holds_what_is_trained_now(folder: Path) -> None:
         ({"label_smoothing": -0.1}, "label_smoothing"),
         ({"head_lr": -1.0}, "model.head_lr must be 0 or above, got -1.0"),
         ({"head_lr": math.nan}, "head_lr"),
+        ({"class_weights": [1.0, 0.0]}, r"model.class_weights must be numbers above 0, got 0\.0"),
+        ({"metrics": ["auroc", "f1"]}, "model.metrics must be a list of macro_f1, .*, got 'f1'"),
         ({"lora": {"r": 0}}, r"lora\.r must be"),
         ({"lora": {"save_only_trainable": False}}, "save_only_trainable must be true here"),
     ],
@@ -231,7 +273,12 @@ def trainer(tmp_path: Path) -> Trainer:
 def test_lightning_fits_it_as_it_is(
     folder: Path, data: FederatedDataModule, trainer: Trainer
 ) -> None:
-    module = make(folder, lora={"lora_dropout": 0.1}, optimizer=partial(torch.optim.SGD, lr=0.05))
+    module = make(
+        folder,
+        lora={"lora_dropout": 0.1},
+        optimizer=partial(torch.optim.SGD, lr=0.05),
+        class_weights="balanced",
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found .* in eval mode")  # checkpointing would be off
         trainer.fit(module, datamodule=data)
@@ -242,6 +289,8 @@ def test_lightning_fits_it_as_it_is(
     assert {"train/loss", "val/acc", "val/loss"} <= trainer.callback_metrics.keys()
     assert all(value.isfinite() for value in trainer.callback_metrics.values())
     assert all((B != 0).any() for B in module.lora.state().B.values())  # it was trained
+    counts = torch.tensor(data.class_counts())
+    torch.testing.assert_close(module.loss_weights, counts.sum() / (10 * counts))
     base = make(folder).build(data.class_names, data.templates).base_weights()
     assert all(torch.equal(W, base[name]) for name, W in module.lora.base_weights().items())
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer, CLIPModel
 
+from fedlora.data.templates import DEFAULT_TEMPLATES
 from fedlora.errors import FedloraError
-from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel
+from fedlora.modules import clip, families
+from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.recomputation import set_gradient_checkpointing
+from tests.runs import fit
 from tests.small_clip import DIM, NAMES, TEMPLATES, VISION, pictures
 
 
@@ -95,6 +99,63 @@ def test_prompts_may_be_padded_to_the_longest_or_to_the_end(folder: Path) -> Non
     torch.testing.assert_close(
         model.encode_text(tokens), model.encode_text(dict(full)), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of prompts of each pass through the text tower."""
+    seen: list[int] = []
+    whole = families.text_features
+
+    def counted(clip: Any, tokens: Any) -> Tensor:
+        seen.append(len(tokens["input_ids"]))
+        return whole(clip, tokens)
+
+    monkeypatch.setattr(families, "text_features", counted)
+    return seen
+
+
+def test_many_prompts_are_encoded_in_parts_where_no_gradient_is_needed(
+    folder: Path, images: Tensor, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {head: build(folder, head=head, keep_text_tower=False) for head in ("linear", "text")}
+    assert passes == [6, 6]  # 3 classes in 2 templates
+    monkeypatch.setattr(clip, "PROMPTS_AT_ONCE", 4)
+    for head, model in whole.items():  # a class's two prompts fall into one part or two
+        passes.clear()
+        parts = build(folder, head=head, keep_text_tower=False)
+        assert passes == [4, 2]
+        torch.testing.assert_close(parts(images), model(images))
+    passes.clear()
+    model = build(folder, head="text")
+    model(images).sum().backward()
+    assert passes == [6]
+    with torch.no_grad():
+        model(images)
+    assert passes == [6, 4, 2]
+
+
+@pytest.mark.parametrize("head", ["text", "linear"])
+def test_a_run_encodes_its_prompts_once(tmp_path: Path, passes: list[int], head: str) -> None:
+    fit(tmp_path, max_rounds=2, limit_train_batches=1, model={"head": head})
+    assert len(passes) == 1
+
+
+@torch.no_grad()
+def test_underscores_of_class_names_are_spaces_in_prompts(folder: Path) -> None:
+    names = ["golden_retriever", "a__b", "tram"]
+    model = build(folder, class_names=names, head="text")
+    assert model.class_names == names
+    assert model.describe()["class_names"] == names
+    spaced = build(folder, class_names=["golden retriever", "a  b", "tram"], head="text")
+    assert torch.equal(model._tokenize()["input_ids"], spaced._tokenize()["input_ids"])
+    kept = build(folder, class_names=["golden-retriever", "a--b", "tram"], head="text")
+    assert not torch.equal(model._tokenize()["input_ids"], kept._tokenize()["input_ids"])
+
+
+def test_underscores_of_templates_stay(folder: Path) -> None:
+    one, other = (build(folder, templates=[t])._tokenize() for t in ("a_{}", "a {}"))
+    assert not torch.equal(one["input_ids"], other["input_ids"])
 
 
 def test_a_prompt_that_is_too_long_is_cut(folder: Path, images: Tensor) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.callbacks.base import FederatedCallback, Row
@@ -62,6 +63,28 @@ class Progress(FederatedCallback):
         if self.mode != "off":
             self.console.print(text, markup=False)
 
+    @contextmanager
+    def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of its own, for work before the rounds; nothing where there is no live display.
+
+        Gives a function to call with the number of further steps done.
+        """
+        if not self.live:
+            yield lambda _: None
+            return
+        from rich import progress
+
+        with progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda steps: bar.advance(task, steps)
+
     def table(self, values: Mapping[str, Any], title: str = "") -> None:
         """Names and values in two columns."""
         for name, value in values.items():
@@ -98,6 +121,7 @@ class Progress(FederatedCallback):
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
                 "traffic per client and round": f"{readable(travels)} each way",
+                "pictures": trainer.datamodule.holdings.summary(),
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
                 f"(median {sizes[len(sizes) // 2]})",
                 "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
@@ -119,7 +143,11 @@ class Progress(FederatedCallback):
                 for name, value in summary.get(what, {}).items()
                 if "acc" in name
             },
-            **{name: value for name, value in summary.items() if name.startswith("test/")},
+            **{
+                name: "not defined" if value is None else value
+                for name, value in summary.items()
+                if name.startswith("test/")
+            },
         }
         if best is not None:
             shown["best val/acc"] = f"{best['val/acc']:.4f} (round {best['round']})"
@@ -130,6 +158,8 @@ class Progress(FederatedCallback):
             "metrics": str(run.metrics),
             "checkpoints": str(run.path / "checkpoints"),
         }
+        if (run.path / "per_class.csv").exists():
+            shown["classes"] = str(run.path / "per_class.csv")
         if personal:
             shown["personal adapters"] = f"{personal} in {run.path / 'adapters'}"
         self.table(shown, title="done")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.callbacks.base import FederatedCallback, Row
-from fedlora.files import clear_os_errors, write_text
+from fedlora.files import clear_os_errors, write_csv
 
 if TYPE_CHECKING:
     from fedlora.modules.classifier import CLIPLoRAClassifier
@@ -47,7 +46,9 @@ class Records(FederatedCallback):
     """Writes a run's tables.
 
     ``clients.csv`` grows as clients end, ``metrics.csv`` is written anew from the history after
-    each round. On resume rows of rounds that will be played again are dropped.
+    each round, with a column at its end for each further figure that a row has. On resume rows of
+    rounds that will be played again are dropped. ``skipped.csv`` lists pictures that could not be
+    read, where they are left out.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,8 +57,11 @@ class Records(FederatedCallback):
         kept = [
             row for row in read_rows(path) if row["round"].isdigit() and int(row["round"]) <= done
         ]
-        write_text(path, _table(CLIENTS, kept))
-        write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
+        _write(path, CLIENTS, kept)
+        _write_metrics(trainer)
+        skipped = trainer.datamodule.holdings.skipped
+        if skipped:
+            write_csv(trainer.rounds.run.skipped, ("picture", "reason"), skipped.items())
 
     def on_client_end(
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
@@ -84,7 +88,7 @@ class Records(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row
     ) -> None:
         """Write the history and tell the loggers."""
-        write_text(trainer.rounds.run.metrics, _table(METRICS, trainer.server.history))
+        _write_metrics(trainer)
         values = {
             name: value for name, value in row.items() if value is not None and name != "round"
         }
@@ -101,13 +105,19 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
-def _table(columns: tuple[str, ...], rows: Any) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(_cells(row) for row in rows)
-    return text.getvalue()
+def _write_metrics(trainer: Any) -> None:
+    history = trainer.server.history
+    _write(trainer.rounds.run.metrics, _metric_columns(history), history)
 
 
-def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: "" if value is None else value for name, value in row.items()}
+def _metric_columns(history: Sequence[Row]) -> tuple[str, ...]:
+    """The columns of ``metrics.csv``: the usual ones, then those that these rows add.
+
+    The test set is left out: it is looked at before the first round and after the last one only.
+    """
+    names = dict.fromkeys(name for row in history for name in row if not name.startswith("test/"))
+    return (*METRICS, *(name for name in names if name not in METRICS))
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    write_csv(path, columns, ([row.get(name) for name in columns] for row in rows))

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fedlora.data.augment import Augmentation
 from fedlora.data.decode import BadImageError
 from fedlora.data.digits import Digits
+from fedlora.data.fashion_mnist import FashionMNIST
+from fedlora.data.hugging_face import HuggingFaceImages
+from fedlora.data.image_folder import ImageFolder
+from fedlora.data.manifest import Manifest
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources import ImageSource, ImageTable
 
@@ -13,12 +18,17 @@ if TYPE_CHECKING:
     from fedlora.data.datamodule import FederatedDataModule
 
 __all__ = [
+    "Augmentation",
     "BadImageError",
     "Digits",
+    "FashionMNIST",
     "FederatedDataModule",
+    "HuggingFaceImages",
+    "ImageFolder",
     "ImagePreprocess",
     "ImageSource",
     "ImageTable",
+    "Manifest",
 ]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fedlora.data.augment import Augmentation
 from fedlora.data.cache import Pictures
 from fedlora.sampling import derive_seed
 
@@ -20,15 +21,24 @@ Batch = dict[str, Tensor]
 class LabelledRows(Dataset[Batch]):
     """Some rows of a source, as a data set of torch.
 
+    Position p stands for row ``p % n`` in pass ``p // n`` over the set: an augmentation changes the
+    pictures anew in each pass.
+
     Attributes:
         images: the pictures of all rows of the source.
         labels: (rows of the source,) int64.
         rows: (n,) int64, the rows of this set.
+        augment: random changes of the pictures, or None.
+        seed: of these changes; each pass has one of its own, derived from it.
     """
 
     images: Pictures
     labels: Tensor
     rows: Tensor
+    augment: Augmentation | None = None
+    seed: int = 0
+    # The numbers drawn for the pass that is going on.
+    _drawn: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __len__(self) -> int:
         """The number of rows in this set."""
@@ -39,9 +49,21 @@ class LabelledRows(Dataset[Batch]):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int] | Tensor) -> Batch:
-        """The whole batch at once: torch's DataLoader asks for this one where it exists."""
-        rows = self.rows[torch.as_tensor(positions, dtype=torch.int64)]
-        return {"image": self.images[rows], "label": self.labels[rows], "index": rows}
+        """A whole batch, of one pass; torch's DataLoader asks for this where it exists."""
+        positions = torch.as_tensor(positions, dtype=torch.int64)
+        place = positions % max(len(self), 1)
+        rows = self.rows[place]
+        images = self.images[rows]
+        if self.augment is not None and len(rows):
+            draws = self._draws(self.augment, int(positions[0]) // len(self))
+            images = self.augment.augment(images, draws[place])
+        return {"image": images, "label": self.labels[rows], "index": rows}
+
+    def _draws(self, augment: Augmentation, number: int) -> Tensor:
+        if number not in self._drawn:
+            self._drawn.clear()
+            self._drawn[number] = augment.draw(len(self), derive_seed(self.seed, number))
+        return self._drawn[number]
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
         """Every row once, the last batch possibly smaller.
@@ -62,7 +84,8 @@ class LabelledRows(Dataset[Batch]):
 class EpochSampler(Sampler[int]):
     """A new order in each epoch, which depends on nothing but the seed and the epoch.
 
-    Lightning calls ``set_epoch``; without it each pass over the sampler is the next epoch.
+    Positions count on from epoch to epoch, as :class:`LabelledRows` takes them. Lightning calls
+    ``set_epoch``; without it each pass over the sampler is the next epoch.
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
@@ -81,6 +104,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Positions of one epoch."""
         order = shuffled(self.num_rows, derive_seed(self.seed, "pool", self.epoch))
+        order += self.epoch * self.num_rows
         self.epoch += 1
         yield from order.tolist()
 

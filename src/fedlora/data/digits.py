@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedlora.data.division import stratified
 from fedlora.data.sources import ImageSource, ImageTable
+from fedlora.errors import FedloraError
 from fedlora.sampling import derive_seed
 
 
@@ -26,13 +27,14 @@ class Digits(ImageSource):
         templates: prompts with one ``{}`` each; None for a few about digits.
 
     Raises:
-        ValueError: if ``test_fraction`` is not between 0 and 1 or a template is not usable.
+        FedloraError: if ``test_fraction`` is not between 0 and 1 or a template is not usable.
     """
 
     def __init__(self, test_fraction: float = 0.2, templates: list[str] | None = None) -> None:
         if not 0 < test_fraction < 1:
-            raise ValueError(
-                f"test_fraction must be between 0 and 1, both excluded, got {test_fraction}."
+            raise FedloraError(
+                "data.source.test_fraction must be between 0 and 1, both excluded, got "
+                f"{test_fraction}."
             )
         self.test_fraction = test_fraction
         super().__init__(_DIGIT_TEMPLATES if templates is None else templates)

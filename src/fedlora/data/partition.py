@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedlora.errors import FedloraError
 
 # Before flwr_datasets is imported anywhere: it reports its use to its makers otherwise.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from fedlora.data.sources import ImageTable
 
 Rows = NDArray[np.int64]
+# Where nothing else says how many there are.
+DEFAULT_NUM_CLIENTS = 10
 
 
 def default_partitioner(num_clients: int, num_rows: int, seed: int) -> Partitioner:
@@ -50,10 +54,10 @@ def check_num_partitions(partitioner: Partitioner, num_clients: int, count: int 
         count: how many parts it makes; None where it cannot tell without data.
 
     Raises:
-        ValueError: if the numbers differ.
+        FedloraError: if the numbers differ.
     """
     if count is not None and count != num_clients:
-        raise ValueError(
+        raise FedloraError(
             f"num_clients is {num_clients} but {type(partitioner).__name__} makes {count} "
             f"partitions (num_partitions={count}). Set both to the same number, for example "
             f"num_clients={count}."
@@ -61,21 +65,36 @@ def check_num_partitions(partitioner: Partitioner, num_clients: int, count: int 
 
 
 def partition(
-    table: ImageTable, pool: Rows, num_clients: int, partitioner: Partitioner | None, seed: int
+    table: ImageTable,
+    pool: Rows,
+    num_clients: int | None,
+    partitioner: Partitioner | None,
+    seed: int,
 ) -> list[Rows]:
-    """The rows of each client, by the partitioner."""
+    """The rows of each client.
+
+    Args:
+        table: the pictures.
+        pool: the rows to divide, shuffled.
+        num_clients: how many clients there must be; None takes what the partitioner makes.
+        partitioner: used as a copy; None: one client per site, or :func:`default_partitioner`.
+        seed: of the default partitioner.
+
+    Raises:
+        FedloraError: if it cannot be done.
+    """
     from datasets import Dataset
 
-    if num_clients > len(pool):
-        raise ValueError(
-            f"num_clients must be at most {len(pool)} (the number of training pictures), "
-            f"got {num_clients}. Lower it or add pictures."
-        )
     if partitioner is None:
-        partitioner = default_partitioner(num_clients, len(pool), seed)
-    columns = {"row": pool.tolist(), "label": table.labels[pool].tolist()}
+        partitioner, num_clients = _choose(table, pool, num_clients, seed)
+    if num_clients is not None and num_clients > len(pool):
+        raise FedloraError(_too_many(num_clients, len(pool)))
+    columns: dict[str, Any] = {"row": pool.tolist(), "label": table.labels[pool].tolist()}
     if table.site is not None:
         columns["site"] = table.site[pool].tolist()
+    columns |= {
+        name: column[pool].tolist() for name, column in table.columns.items() if name not in columns
+    }
     _check_column(partitioner, columns)
     # A partitioner takes a data set once only and its generator moves on: work on a copy.
     working = deepcopy(partitioner)
@@ -83,31 +102,75 @@ def partition(
     with _quietly(partitioner, dataset, num_clients):
         working.dataset = dataset
         count = working.num_partitions
-    check_num_partitions(partitioner, num_clients, count)
-    with _quietly(partitioner, dataset, num_clients):
+    if num_clients is not None:
+        check_num_partitions(partitioner, num_clients, count)
+    elif count > len(pool):
+        raise FedloraError(_too_many(count, len(pool)))
+    with _quietly(partitioner, dataset, count):
         parts = [
             np.asarray(working.load_partition(i)["row"][:], dtype=np.int64) for i in range(count)
         ]
     if len(np.unique(np.concatenate(parts))) != sum(map(len, parts)):
-        raise ValueError(
+        raise FedloraError(
             f"{type(partitioner).__name__} gives one picture to several clients. Use a "
             "partitioner that divides rows."
         )
     return parts
 
 
+def _choose(
+    table: ImageTable, pool: Rows, num_clients: int | None, seed: int
+) -> tuple[Partitioner, int]:
+    """One client per site where there are sites; else label skew."""
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    if table.site is None:
+        count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
+        if count > len(pool):
+            raise FedloraError(_too_many(count, len(pool)))
+        return default_partitioner(count, len(pool), seed), count
+    sites = np.unique(table.site[pool])
+    if len(sites) == 1 and num_clients != 1:
+        raise FedloraError(
+            f"all training pictures are of one site, '{sites[0]}': there is nobody to train with. "
+            "If that is no site, name the folder or column that is; or divide the pictures anew, "
+            "for example with data.partitioner=IidPartitioner."
+        )
+    if num_clients not in (None, len(sites)):
+        raise FedloraError(
+            f"num_clients is {num_clients} but the training pictures are of {len(sites)} sites. "
+            "Leave num_clients out for one client per site, or divide the pictures anew, for "
+            "example with data.partitioner=IidPartitioner."
+        )
+    return NaturalIdPartitioner("site"), len(sites)
+
+
+def _too_many(num_clients: int, pictures: int) -> str:
+    return (
+        f"num_clients must be at most {pictures} (the number of training pictures), "
+        f"got {num_clients}. Lower it or add pictures."
+    )
+
+
 def _check_column(partitioner: Partitioner, columns: Mapping[str, Any]) -> None:
+    from flwr_datasets.partitioner import VerticalEvenPartitioner, VerticalSizePartitioner
+
+    if isinstance(partitioner, VerticalEvenPartitioner | VerticalSizePartitioner):
+        raise FedloraError(
+            f"{type(partitioner).__name__} divides columns, not pictures. Use one that divides "
+            "rows, such as IidPartitioner or DirichletPartitioner."
+        )
     allowed = [name for name in columns if name != "row"]
     column = getattr(partitioner, "_partition_by", None)
     if isinstance(column, str) and column not in allowed:
-        raise ValueError(
+        raise FedloraError(
             f"partition_by of {type(partitioner).__name__} must be one of "
             f'{", ".join(allowed)} (the columns of this source), got "{column}".'
         )
 
 
 @contextmanager
-def _quietly(partitioner: Partitioner, dataset: Any, num_clients: int) -> Iterator[None]:
+def _quietly(partitioner: Partitioner, dataset: Any, num_clients: int | None) -> Iterator[None]:
     """Silence a partitioner's warnings and progress bars; say in one line why it gave up."""
     # NaturalIdPartitioner has a progress bar and Dirichlet warns at each new attempt.
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
@@ -116,9 +179,10 @@ def _quietly(partitioner: Partitioner, dataset: Any, num_clients: int) -> Iterat
             yield
         except Exception as error:
             why = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
+            raise FedloraError(
                 f"{type(partitioner).__name__} could not divide {len(dataset)} pictures among "
-                f"{num_clients} clients: {why.rstrip('.')}. {_way_out(partitioner, dataset)}"
+                f"{num_clients or 'its'} clients: {why.rstrip('.')}. "
+                f"{_way_out(partitioner, dataset)}"
             ) from error
 
 
@@ -143,3 +207,30 @@ def _way_out(partitioner: Partitioner, dataset: Any) -> str:
         found = f"alpha={alpha[0] * factor:g}" if same else f"alpha times {factor}"
         return f"{found} with min_partition_size={least} works; or lower num_clients."
     return "No other alpha was found to work. Use IidPartitioner or lower num_clients."
+
+
+def client_names(
+    table: ImageTable, clients: Sequence[Rows], partitioner: Partitioner | None
+) -> tuple[str, ...]:
+    """What each client is called: its site, or what else it alone has; else nothing."""
+    by = str(getattr(partitioner, "_partition_by", ""))
+    columns = [table.columns[by]] if by in table.columns else []
+    columns += [] if table.site is None else [table.site]
+    for column in columns:
+        values = [set(column[rows].tolist()) for rows in clients]
+        if all(len(value) == 1 for value in values) and len(set().union(*values)) == len(values):
+            return tuple(str(*value) for value in values)
+    return ("",) * len(clients)
+
+
+def link_partitioner(parser: Any) -> None:
+    """Let the seed and the number of clients of a command line reach data and partitioner."""
+    parser.link_arguments("seed_everything", "data.seed")
+    parser.link_arguments("seed_everything", "data.partitioner.init_args.seed")
+    parser.link_arguments(
+        "data.num_clients", "data.partitioner.init_args.num_partitions", _num_partitions
+    )
+
+
+def _num_partitions(num_clients: int | None) -> int:
+    return DEFAULT_NUM_CLIENTS if num_clients is None else num_clients

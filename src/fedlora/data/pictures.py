@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.data.decode import to_rgb
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.errors import FedloraError
 
@@ -195,8 +196,6 @@ def _is_pil(data: object) -> TypeGuard[Image]:
 
 def _from_pil(image: Image, name: str) -> Tensor:
     """(1, 3, H, W), uint8."""
-    import PIL.Image
-
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise FedloraError(
             f"{name} must be a PIL image of 8 bits per channel, got {_kind(image)}, whose white "
@@ -204,11 +203,7 @@ def _from_pil(image: Image, name: str) -> Tensor:
             "PIL.Image.fromarray((numpy.asarray(image) // 256).astype('uint8'))."
         )
     try:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = PIL.Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = PIL.Image.alpha_composite(white, image)
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(to_rgb(image))
     except (OSError, SyntaxError, ValueError) as error:  # also what PIL raises on broken files
         raise FedloraError(
             f"{name} cannot be read or brought to RGB, got {_kind(image)}: {error}."

@@ -14,6 +14,9 @@ from torch.nn.functional import interpolate
 # PIL's codes, as transformers writes them into preprocessor_config.json.
 _RESAMPLE: dict[Any, Literal["bilinear", "bicubic"]] = {2: "bilinear", 3: "bicubic"}
 _REQUIRED = ("size", "image_mean", "image_std", "resample")
+# How often the long edge may hold the short one where the centre is cut out: all of the picture is
+# resized first, which takes gigabytes for a line of pixels.
+_LONGEST = 100
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ class ImagePreprocess:
         mean, std = config["image_mean"], config["image_std"]
         return cls(size, crop, mean, std, _RESAMPLE[config["resample"]])
 
+    def refuses(self, height: int, width: int) -> str | None:
+        """What is wrong with pictures of this size in pixels; None: :meth:`resize` takes them."""
+        if self.crop and max(height, width) > _LONGEST * min(height, width):
+            return f"{width} x {height} pixels, more than {_LONGEST} times as long as wide"
+        return None
+
     def resize(self, images: Tensor) -> Tensor:
         """Bring pictures to the model's size; within 2/255 of what PIL makes of them, width first.
 
@@ -88,7 +97,8 @@ class ImagePreprocess:
             (n, 3, size, size) or (3, size, size), uint8.
 
         Raises:
-            ValueError: if ``images`` is of another type or shape.
+            ValueError: if ``images`` is of another type or shape, or far too long to cut out the
+                centre.
         """
         if (
             images.dtype != torch.uint8
@@ -99,6 +109,9 @@ class ImagePreprocess:
                 "images must be uint8 of shape (n, C, H, W) or (C, H, W) with 1 or 3 channels, got "
                 f"{images.dtype} of shape {tuple(images.shape)}. Convert them to RGB first."
             )
+        refusal = self.refuses(*images.shape[-2:])
+        if refusal is not None:
+            raise ValueError(f"images must not be {refusal}. Cut them first.")
         batch = images.reshape(-1, *images.shape[-3:])
         height, width = self._resized(*batch.shape[-2:])
         if batch.shape[-2:] != (height, width):

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from fedlora.errors import FedloraError
 
+# Where nobody says how a class is to be named.
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+
 
 def check_templates(templates: Sequence[str]) -> list[str]:
     """The templates as a list, if each is a prompt with one place for the class name.

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MetricCollection
 
 from fedlora.data.preprocess import ImagePreprocess
+from fedlora.data.templates import DEFAULT_TEMPLATES
 from fedlora.errors import FedloraError
-from fedlora.modules.clip import DEFAULT_TEMPLATES, FederatedCLIPModel, Head
+from fedlora.modules.class_weights import (
+    ClassWeights,
+    check_class_weights,
+    make_class_weights,
+)
+from fedlora.modules.clip import FederatedCLIPModel, Head
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, Towers
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.loading import load_preprocess_config
-from fedlora.modules.metrics import make_metrics
+from fedlora.modules.metrics import MetricName, check_metrics, make_metrics
 from fedlora.modules.saved import load_adapter
+from fedlora.modules.step_logger import StepLogger
 
 Batch = Mapping[str, Tensor]
 
 
 class CLIPLoRAClassifier(LightningModule):
-    """CLIP with a LoRA adapter and a classification head.
+    """CLIP with a LoRA adapter and a classification head: one label per picture.
 
     The model is built in :meth:`configure_model`, where the data's class names are known; the
     constructor only keeps the settings. ``lightning.Trainer`` fits it as it is (the centralised
-    baseline), ``FederatedTrainer`` plays clients with it.
+    baseline), ``FederatedTrainer`` plays clients with it. The classes exclude each other (softmax
+    and cross-entropy): pictures with several labels at once are not for it.
+
+    With ``class_weights`` w the training loss of sample i is w[y_i] times its cross-entropy, label
+    smoothing included, and that of a batch is the mean over its samples, as everywhere here: a
+    sample counts the same whatever batch and client it is in. ``torch``'s weighted cross-entropy
+    divides by the batch's sum of weights instead, so that they cancel out for a client that holds
+    one class, and weighs each class's part of the smoothing. Validation and test are not weighted;
+    ``train/loss`` is.
 
     Args:
         model_name: ``tiny-clip``, a local folder in the Hugging Face layout, or a hub name.
@@ -44,6 +59,13 @@ class CLIPLoRAClassifier(LightningModule):
         head_lr: learning rate of the head; None takes the optimizer's.
         label_smoothing: of the training loss, in [0, 1).
         adapter: a folder with a PEFT adapter to start from.
+        metrics: what validation and test measure besides ``acc`` and ``loss``: ``macro_f1``,
+            ``balanced_acc``, ``auroc`` (keeps the logits of a split in memory), and ``per_class``,
+            a table of the test classes at the end of a run.
+        class_weights: a number above 0 for each class; or ``balanced``: n / (k * n_c) for n
+            training rows of k classes, n_c of them of this one, so that the mean weight is 1 (0 for
+            a class without rows). For that each client's counts of rows per class are added up at
+            the server: it learns who holds which classes unless it sees nothing but their sum.
 
     Raises:
         FedloraError: for a wrong setting; for a model that cannot be had, once it is built.
@@ -60,6 +82,8 @@ class CLIPLoRAClassifier(LightningModule):
         head_lr: float | None = None,
         label_smoothing: float = 0.0,
         adapter: str | None = None,
+        metrics: list[MetricName] | None = None,
+        class_weights: ClassWeights = None,
     ) -> None:
         super().__init__()
         lora.validate()
@@ -82,6 +106,10 @@ class CLIPLoRAClassifier(LightningModule):
         self.head_lr = head_lr
         self.label_smoothing = label_smoothing
         self.adapter = adapter
+        self.metrics = check_metrics(metrics)
+        self.class_weights = check_class_weights(class_weights)
+        self.loss_weights: Tensor | None  # of each class, (num_classes,), once the model is built
+        self.register_buffer("loss_weights", None, persistent=False)
         self.model: FederatedCLIPModel | None = None
         self.lora: CLIPLoRAWrapper | None = None
 
@@ -96,15 +124,27 @@ class CLIPLoRAClassifier(LightningModule):
             return
         data = getattr(self.trainer, "datamodule", None)
         names = getattr(data, "class_names", None)
-        self.build(names, getattr(data, "templates", None))
+        count = getattr(data, "class_counts", None) if self.class_weights == "balanced" else None
+        self.build(names, getattr(data, "templates", None), count and count())
 
     def build(
-        self, class_names: Iterable[str] | None, templates: Iterable[str] | None = None
+        self,
+        class_names: Iterable[str] | None,
+        templates: Iterable[str] | None = None,
+        class_counts: Iterable[int] | None = None,
     ) -> CLIPLoRAWrapper:
         """Load CLIP, make the head and inject the adapter; start from ``adapter`` if there is one.
 
         A trainer that goes on from a checkpoint has all that is learned there: the folder of
         ``adapter`` may be gone then.
+
+        Args:
+            class_names: one per class; None with ``num_classes`` and a linear head.
+            templates: prompts with one ``{}`` for the class name.
+            class_counts: training rows of each class, for ``class_weights=balanced``.
+
+        Raises:
+            FedloraError: for a model that cannot be had, or classes that do not fit.
         """
         names = None if class_names is None else list(class_names)
         if names is not None and self.num_classes not in (None, len(names)):
@@ -112,6 +152,10 @@ class CLIPLoRAClassifier(LightningModule):
                 f"model.num_classes is {self.num_classes} but the data has {len(names)} classes. "
                 "Leave it out, or set it to that number."
             )
+        classes = self.num_classes if names is None else len(names)
+        if classes is not None:  # else the model says that it is missing
+            counts = None if class_counts is None else list(class_counts)
+            self.loss_weights = make_class_weights(self.class_weights, classes, counts)
         model = FederatedCLIPModel(
             self.model_name,
             self.num_classes,
@@ -143,16 +187,18 @@ class CLIPLoRAClassifier(LightningModule):
         return self.model(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """The loss of a batch: ``loss`` (mean), ``losses`` (n,) and ``correct`` (n,)."""
+        """The loss of a batch: ``loss`` (mean), ``losses`` (n,), weighted, and ``correct`` (n,)."""
         logits = self(batch["image"])
         losses = nn.functional.cross_entropy(
             logits, batch["label"], reduction="none", label_smoothing=self.label_smoothing
         )
+        if self.loss_weights is not None:
+            losses = losses * self.loss_weights[batch["label"]]
         correct = logits.detach().argmax(1) == batch["label"]
         return {"loss": losses.mean(), "losses": losses, "correct": correct}
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
-        """``losses`` (n,), ``logits`` (n, classes) and ``label`` (n,), without smoothing."""
+        """``losses`` (n,), ``logits`` (n, classes) and ``label`` (n,): no smoothing, no weights."""
         logits = self(batch["image"])
         losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
         return {"losses": losses, "logits": logits, "label": batch["label"]}
@@ -165,11 +211,18 @@ class CLIPLoRAClassifier(LightningModule):
         """``index`` (n,) of each picture and its class probabilities ``probs`` (n, classes)."""
         return {"index": batch["index"], "probs": self(batch["image"]).softmax(-1)}
 
-    def make_metrics(self) -> MetricCollection:
-        """Fresh ``acc`` and ``loss`` of an evaluation."""
+    def make_metrics(
+        self, names: Sequence[MetricName] = (), sync: bool = False
+    ) -> MetricCollection:
+        """Fresh metrics of an evaluation: ``acc``, ``loss`` and what ``names`` needs.
+
+        Args:
+            names: of :attr:`metrics`, those that are wanted.
+            sync: add up over ranks.
+        """
         if self.model is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
-        return make_metrics(self.model.num_classes)
+        return make_metrics(self.model.num_classes, names, sync)
 
     def optimizer_groups(self) -> list[dict[str, Any]]:
         """The trained parameters, the head apart so that it has its own learning rate."""
@@ -192,29 +245,3 @@ class CLIPLoRAClassifier(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """What logs the steps' figures under ``lightning.Trainer``."""
         return [StepLogger()]
-
-
-class StepLogger(Callback):
-    """Logs ``train/loss``, ``val/acc``, ``val/loss``, ``test/…`` under ``lightning.Trainer``."""
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log the training loss."""
-        pl_module.log("train/loss", outputs["loss"], batch_size=len(batch["label"]))
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, *step: Any
-    ) -> None:
-        """Log the validation figures."""
-        self._log("val", pl_module, step[0])
-
-    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *step: Any) -> None:
-        """Log the test figures."""
-        self._log("test", pl_module, step[0])
-
-    def _log(self, stage: str, pl_module: LightningModule, step: Mapping[str, Tensor]) -> None:
-        count = len(step["label"])
-        correct = (step["logits"].argmax(1) == step["label"]).double().mean()
-        pl_module.log(f"{stage}/acc", correct, batch_size=count, on_epoch=True, prog_bar=True)
-        pl_module.log(f"{stage}/loss", step["losses"].mean(), batch_size=count, on_epoch=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.templates import check_templates
+from fedlora.data.templates import DEFAULT_TEMPLATES, check_templates
 from fedlora.errors import FedloraError
 from fedlora.modules import families
 from fedlora.modules.federated_classifier import FederatedClassifier
@@ -24,7 +24,7 @@ from fedlora.modules.loading import (
 )
 
 Head = Literal["linear", "text"]
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
+PROMPTS_AT_ONCE = 1024  # in a pass through the text tower that keeps nothing for gradients
 
 
 def _num_classes(num_classes: int | None, head: Head, class_names: Sequence[str] | None) -> int:
@@ -152,14 +152,29 @@ class FederatedCLIPModel(FederatedClassifier):
             self.text_features = self.encode_text(self._prompts) if frozen else None
 
     def _tokenize(self) -> dict[str, Tensor]:
-        """Every class in every template: (classes * templates, length)."""
-        prompts = [t.format(name) for name in self.class_names or () for t in self.templates]
+        """Every class in every template: (classes * templates, length).
+
+        Underscores become spaces, as in CoOp's code (arXiv 2109.01134): CLIP was trained on text,
+        and class names are often those of folders.
+        """
+        names = [name.replace("_", " ") for name in self.class_names or ()]
+        prompts = [template.format(name) for name in names for template in self.templates]
         return families.tokenise(self.clip, load_tokenizer(self.model_name), prompts)
 
     def encode_text(self, tokens: Mapping[str, Tensor]) -> Tensor:
-        """One normalised embedding per class, the average over templates: (classes, dim)."""
-        tokens = {key: value.to(self.device) for key, value in tokens.items()}
-        features = families.text_features(self.clip, tokens)
+        """One normalised embedding per class, the average over templates: (classes, dim).
+
+        Without gradients at most ``PROMPTS_AT_ONCE`` prompts at a time: a thousand classes in
+        eighty templates fit in memory.
+        """
+        count = len(tokens["input_ids"])
+        size = count if torch.is_grad_enabled() else PROMPTS_AT_ONCE
+        parts = []
+        for start in range(0, count, size):
+            part = {key: value[start : start + size] for key, value in tokens.items()}
+            part = {key: value.to(self.device) for key, value in part.items()}
+            parts.append(families.text_features(self.clip, part))
+        features = torch.cat(parts)
         features = features.view(-1, len(self.templates), features.shape[-1]).mean(1)
         return nn.functional.normalize(features, dim=-1)
 

@@ -17,10 +17,13 @@ from fedlora.modules.config import LoRAConfig
 Towers = Literal["vision", "both"]
 RANKS = (4, 8, 16, 32, 64)
 PARTS = {"both": "both towers", "vision": "vision only"}
-# Settings of the other commands, so that their configs and options are taken as they are.
+# Settings of the other commands, so that their configs and options are taken as they are. Not of
+# type Any: jsonargparse would import the classes that they name.
+ANYTHING = dict | list | str | float | bool | None  # type: ignore[type-arg]
 IGNORED = (
     *("seed_everything", "quiet", "ckpt_path", "weights_only", "trainer", "data"),
     *("model.towers", "model.adapter", "model.optimizer", "model.head_lr", "model.label_smoothing"),
+    *("model.metrics", "model.class_weights"),
 )
 
 
@@ -184,8 +187,8 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="A config of fit; may be repeated.")
     parser.add_function_arguments(measure, "model")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
-    for name in IGNORED:  # not of type Any: jsonargparse would import the classes that they name
-        parser.add_argument(f"--{name}", type=dict | str | float | bool | None, help=SUPPRESS)
+    for name in IGNORED:
+        parser.add_argument(f"--{name}", type=ANYTHING, help=SUPPRESS)
     try:
         config = parser.parse_args(complete(["info", *args])[1:])
     except ArgumentError as error:
