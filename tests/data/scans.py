@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedlora.data import BadImageError, ImagePreprocess, ImageSource, ImageTable
-from fedlora.data.disk_cache import open_pictures
+from fedlora.data.cache.disk import open_pictures
 
 SIZE = 8
 PREPROCESS = ImagePreprocess(SIZE, True, (0.5,) * 3, (0.5,) * 3)

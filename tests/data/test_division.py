@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedlora.data.division import divide, stratified
-from fedlora.data.sources import ImageTable
+from fedlora.data.sources.base import ImageTable
 
 SITES = np.array(["north", "south", "west"])
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora.data.division import divide, stratified
 from fedlora.data.partition import default_partitioner
-from fedlora.data.sources import ImageTable
+from fedlora.data.sources.base import ImageTable
 
 
 def table(n=600, classes=5, site=None, val=0):

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.data.augment import Augmentation
 from fedlora.data.decode import BadImageError
-from fedlora.data.digits import Digits
-from fedlora.data.fashion_mnist import FashionMNIST
-from fedlora.data.hugging_face import HuggingFaceImages
-from fedlora.data.image_folder import ImageFolder
-from fedlora.data.manifest import Manifest
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.sources import ImageSource, ImageTable
+from fedlora.data.sources.base import ImageSource, ImageTable
+from fedlora.data.sources.digits import Digits
+from fedlora.data.sources.fashion_mnist import FashionMNIST
+from fedlora.data.sources.hugging_face import HuggingFaceImages
+from fedlora.data.sources.image_folder import ImageFolder
+from fedlora.data.sources.manifest import Manifest
 
 if TYPE_CHECKING:
     from fedlora.data.datamodule import FederatedDataModule

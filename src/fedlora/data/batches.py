@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fedlora.data.augment import Augmentation
-from fedlora.data.cache import Pictures
+from fedlora.data.cache.base import Pictures
 from fedlora.sampling import derive_seed
 
 Batch = dict[str, Tensor]

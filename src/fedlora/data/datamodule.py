@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 
 from fedlora.data.augment import Augmentation
 from fedlora.data.batches import Batch, EpochSampler
-from fedlora.data.cache import Pictures
-from fedlora.data.digits import Digits
-from fedlora.data.disk_cache import open_pictures
+from fedlora.data.cache.base import Pictures
+from fedlora.data.cache.disk import open_pictures
 from fedlora.data.division import Division, Mask, divide
 from fedlora.data.holdings import Holdings, cache_folder, check_labels
 from fedlora.data.partition import check_num_partitions
 from fedlora.data.preprocess import ImagePreprocess
-from fedlora.data.sources import ImageSource, ImageTable
+from fedlora.data.sources.base import ImageSource, ImageTable
+from fedlora.data.sources.digits import Digits
 from fedlora.errors import FedloraError
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round

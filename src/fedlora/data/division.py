@@ -16,7 +16,7 @@ from fedlora.sampling import derive_seed
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-    from fedlora.data.sources import ImageTable
+    from fedlora.data.sources.base import ImageTable
 
 Mask = NDArray[np.bool_]
 

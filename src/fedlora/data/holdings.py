@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedlora.data.augment import Augmentation
 from fedlora.data.batches import LabelledRows
-from fedlora.data.cache import Pictures
+from fedlora.data.cache.base import Pictures
 from fedlora.data.division import Division
 from fedlora.data.partition import Rows
-from fedlora.data.sources import ImageTable
+from fedlora.data.sources.base import ImageTable
 from fedlora.errors import FedloraError
 from fedlora.files import expand
 from fedlora.state import Client

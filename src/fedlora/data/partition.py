@@ -21,7 +21,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-    from fedlora.data.sources import ImageTable
+    from fedlora.data.sources.base import ImageTable
 
 Rows = NDArray[np.int64]
 # Where nothing else says how many there are.
