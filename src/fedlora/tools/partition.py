@@ -200,7 +200,7 @@ def run(args: Sequence[str]) -> None:
     except ArgumentError as error:
         raise UsageError(explain(error, known_names(parser))) from error
     path = None if config.plot is None else _drawable(config.plot)
-    data = parser.instantiate_classes(config).data
+    data = parser.instantiate(config).data
     if data.on_bad_image == "skip":
         data.preprocess = _preprocess(config.model)
     held = holdings(data)

@@ -257,7 +257,7 @@ def test_a_disk_without_room(make, folder, monkeypatch):
 
 
 def test_the_limit_that_is_named_fits(make, folder, monkeypatch):
-    from fedlora.data import cache_room
+    from fedlora.data.cache import room as cache_room
 
     own = SetFolder.of(folder, "/data/a", PREPROCESS)
     opened(make("a"), folder)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.data import idx_file
+from fedlora.data.sources import idx_file
 from fedlora.data.sources.fashion_mnist import FashionMNIST
 from fedlora.errors import FedloraError
 

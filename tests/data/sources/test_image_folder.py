@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedlora.data import BadImageError
-from fedlora.data import files_on_disk as disk
+from fedlora.data.sources import files_on_disk as disk
 from fedlora.data.sources.image_folder import ImageFolder
 from fedlora.errors import FedloraError
 
