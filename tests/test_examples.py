@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from fedlora.data import FederatedDataModule
+from fedlora.data.partition import link_partitioner
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -46,3 +51,41 @@ def test_the_blocks_of_the_api_page_run(tmp_path: Path, monkeypatch: pytest.Monk
     for number, block in enumerate(blocks):
         exec(compile(block, f"docs/api.md, block {number}", "exec"), namespace)
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+DATA = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+
+
+def data_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--seed_everything", type=int, default=0)
+    parser.add_class_arguments(FederatedDataModule, "data")
+    parser.add_argument("--data_file", action="config")
+    link_partitioner(parser)
+    return parser
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", DATA, re.DOTALL))
+def test_a_config_of_the_guide_is_one(block: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text(block)
+    parser = data_parser()
+    # Constructors look at no disk: what is built has the settings of the block.
+    data = parser.instantiate(parser.parse_args([f"--data_file={file}"])).data
+    section = yaml.safe_load(block)["data"]
+    for name, settings in section.items():
+        built = getattr(data, name)
+        assert type(built).__name__ == settings["class_path"].rpartition(".")[2]
+
+
+LINES = re.findall(r"^(--data\..*?)(?: +#.*)?$", DATA, re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_an_option_of_the_guide_is_one(line: str) -> None:
+    parser = data_parser()
+    parser.instantiate(parser.parse_args(line.split()))
+
+
+def test_the_guide_has_options() -> None:
+    assert len(LINES) == 5
