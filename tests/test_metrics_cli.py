@@ -8,6 +8,7 @@ import yaml
 
 from fedlora.callbacks.records import METRICS
 from fedlora.main import main
+from tests.drawn_pictures import draw_sites
 from tests.runs import rows
 
 QUICK = [
@@ -102,3 +103,18 @@ def test_a_mistake_is_one_line(
     assert name in err
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_is_not_tested_on_classes_in_another_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    draw_sites(Path("pictures"), ("north", "south"), count=10)
+    source = ["--data.source=ImageFolder", "--data.source.root=pictures"]
+    assert main(["fit", *source, *QUICK[:3]]) == 0
+    names = yaml.safe_load(Path("runs/version_0/adapter/fedlora.json").read_text())["class_names"]
+    turned = f"--data.source.class_names=[{','.join(reversed(names))}]"
+    capsys.readouterr()
+    for command in ("validate", "test", "predict"):
+        assert main([command, "--ckpt_path=last", turned]) == 1
+        said = capsys.readouterr().err
+        assert f"trained on the classes {', '.join(names)}; the data has {names[-1]}, " in said

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -181,6 +181,24 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
         for key in keys
         if old.get(key, "absent") != new.get(key, "absent")
     ]
+
+
+def check_classes(saved: Checkpoint, names: Sequence[str]) -> None:
+    """Refuse other classes than the model was trained on: its answers would be called wrong.
+
+    Raises:
+        CheckpointError: if they, or their order, differ.
+    """
+    trained = list(saved.identity.get("class_names", names))
+    if trained != list(names):
+        raise CheckpointError(
+            f"the checkpoint was trained on the classes {_listed(trained)}; the data has "
+            f"{_listed(names)}. Set data.source.class_names to the former, in that order."
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:10])}{' …' * (len(names) > 10)}"
 
 
 def _short(value: Any) -> str:

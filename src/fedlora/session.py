@@ -238,6 +238,7 @@ def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> Run
     saved = checkpoint.load(run.checkpoint(which))
     if trainer.lightning_module.lora is None:
         raise FedloraError("the model is not built yet.")
+    checkpoint.check_classes(saved, trainer.datamodule.class_names)
     trainer.lightning_module.lora.load(saved.server.adapter)
     return run
 

@@ -146,3 +146,20 @@ def test_a_mistake_is_one_line(
     err = capsys.readouterr().err
     assert words in err
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("given", ["1", "[1,south]"])
+def test_a_held_out_site_may_be_called_a_number(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_sites(Path("pictures"), ("1", "south", "2", "3"), count=10)
+    Path("held.yaml").write_text(f"data: {{hold_out: {given}}}", encoding="utf-8")
+    typed = said([*FOLDER, f"--data.hold_out={given}", "--json"], capsys)
+    assert said([*FOLDER, "--config=held.yaml", "--json"], capsys) == typed
+    left = [client["name"] for client in json.loads(typed)["clients"]]
+    assert left == (["2", "3", "south"] if given == "1" else ["2", "3"])
+
+
+@pytest.mark.parametrize("tool", ["partition", "info"])
+def test_quiet_is_taken_as_elsewhere(tool: str) -> None:
+    assert main([tool, "--quiet", "--json"]) == 0

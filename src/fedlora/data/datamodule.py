@@ -81,7 +81,7 @@ class FederatedDataModule(LightningDataModule):
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         client_val_fraction: float = 0.1,
-        hold_out: str | list[str] | None = None,
+        hold_out: str | int | list[str | int] | None = None,
         n_shots: int | None = None,
         augment: Augmentation | None = None,
         on_bad_image: Literal["error", "skip"] = "error",
@@ -122,7 +122,8 @@ class FederatedDataModule(LightningDataModule):
         self.test_fraction = test_fraction
         self.val_fraction = val_fraction
         self.client_val_fraction = client_val_fraction
-        self.hold_out = [hold_out] if isinstance(hold_out, str) else list(hold_out or ())
+        given = [hold_out] if isinstance(hold_out, str | int) else hold_out or ()
+        self.hold_out = [str(name) for name in given]  # a site may be called 1
         self.n_shots = n_shots
         self.augment = augment
         self.on_bad_image = on_bad_image

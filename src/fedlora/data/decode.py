@@ -60,7 +60,8 @@ def decode(picture: Path | bytes) -> Tensor:
     PPM (PGM, PBM), JPEG 2000, and AVIF where PIL has it. Of several frames or pages the first is
     taken; the orientation that EXIF tells is applied; transparency is laid over white; 16-bit
     values are cut to their high byte. Whether a truncated picture is an error or is filled up with
-    grey is PIL's ``ImageFile.LOAD_TRUNCATED_IMAGES``: an error unless somebody switched it on.
+    grey is PIL's ``ImageFile.LOAD_TRUNCATED_IMAGES``: an error unless somebody switched it on. The
+    cache keeps what came of it: take another folder (``data.cache_dir``) after switching it.
 
     PIL's warnings (of odd metadata) are switched off for the process, and stay so.
 

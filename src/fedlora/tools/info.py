@@ -21,7 +21,7 @@ PARTS = {"both": "both towers", "vision": "vision only"}
 # type Any: jsonargparse would import the classes that they name.
 ANYTHING = dict | list | str | float | bool | None  # type: ignore[type-arg]
 IGNORED = (
-    *("seed_everything", "quiet", "ckpt_path", "weights_only", "trainer", "data"),
+    *("seed_everything", "ckpt_path", "weights_only", "trainer", "data"),
     *("model.towers", "model.adapter", "model.optimizer", "model.head_lr", "model.label_smoothing"),
     *("model.metrics", "model.class_weights"),
 )
@@ -187,6 +187,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("-c", "--config", action="config", help="A config of fit; may be repeated.")
     parser.add_function_arguments(measure, "model")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument("--quiet", action="store_true", help=SUPPRESS)
     for name in IGNORED:
         parser.add_argument(f"--{name}", type=ANYTHING, help=SUPPRESS)
     try:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedlora.data import FederatedDataModule
 
 # Settings of the other commands, so that their configs and options are taken as they are.
-IGNORED = ("quiet", "ckpt_path", "weights_only", "trainer")
+IGNORED = ("ckpt_path", "weights_only", "trainer")
 FORMATS = (".png", ".pdf", ".svg")
 MOST_CLIENTS, MOST_CLASSES = 60, 12  # that a table shows
 
@@ -193,6 +193,7 @@ def run(args: Sequence[str]) -> None:
     link_partitioner(parser)
     parser.add_argument("--plot", type=str | None, help="Draw it too: a .png, .pdf or .svg file.")
     parser.add_argument("--json", action="store_true", help="Print one JSON object.")
+    parser.add_argument("--quiet", action="store_true", help=SUPPRESS)
     for name in (*IGNORED, "model"):
         parser.add_argument(f"--{name}", type=ANYTHING, help=SUPPRESS)
     try:

@@ -43,14 +43,14 @@ def test_pictures_in_memory_are_read_once_in_chunks_and_copied_out():
     images = noise(*[(3, 9 + i % 3, 12) for i in range(600)])
     source = Given(images)
     pictures = MemoryPictures(source, 600, PREPROCESS)
-    assert [len(rows) for rows in source.asked] == [512, 88]
+    assert [len(rows) for rows in source.asked] == [1, 511, 1, 87]
     rows = torch.tensor([599, 0, 511, 512, 0])
     batch = pictures[rows]
     assert (batch.dtype, batch.shape) == (torch.uint8, (5, 3, 8, 8))
     assert torch.equal(batch, torch.stack([PREPROCESS.resize(images[row]) for row in rows]))
     batch.zero_()
     assert pictures[rows].sum() > 0
-    assert (pictures.bad, len(source.asked)) == ({}, 2)
+    assert (pictures.bad, len(source.asked)) == ({}, 4)
 
 
 @pytest.mark.parametrize("shape", [(4, 1, 10, 20), (4, 3, 90, 100)])
@@ -72,7 +72,7 @@ def test_bad_pictures_are_told_by_row():
 
 def test_a_source_that_returns_another_number_of_pictures():
     source = Given(noise((1, 8, 8), (1, 8, 8)))
-    source.read = lambda rows: source.images[:1]
+    source.read = lambda rows: source.images[: len(rows) - 1]
     with pytest.raises(ValueError, match="shorter"):
         MemoryPictures(source, 2, PREPROCESS)
 

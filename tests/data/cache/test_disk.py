@@ -114,6 +114,19 @@ def test_one_set_per_place_and_size(source, folder):
     assert source.asked() == []
 
 
+class Negatives(Scans):
+    def read(self, rows):
+        return [255 - picture for picture in super().read(rows)]
+
+
+def test_a_subclass_that_reads_otherwise_has_a_set_of_its_own(source, folder):
+    whole = opened(source, folder)
+    negatives = opened(Negatives(source.log), folder)
+    rows = torch.arange(40)
+    assert not torch.equal(negatives[rows], whole[rows])
+    assert torch.equal(opened(source, folder)[rows], whole[rows])
+
+
 def test_names_that_are_no_text(tmp_path, folder):
     source = Scans(tmp_path / "log", n=3, place="/data/caf\udce9 \n x")
     table = source.load()
@@ -259,22 +272,27 @@ def test_read_by_several_threads_in_small_chunks(source, folder, monkeypatch):
         torch.set_num_threads(before)
     assert source.right(pictures)
     assert most == [3]
-    assert max(size for size, _, _ in chunks) == 16
+    assert max(size for size, _, _ in chunks) == 15
     assert {threads for _, threads, _ in chunks} == {1}
     assert threading.current_thread().name not in {name for *_, name in chunks}
 
 
 def test_large_pictures_do_not_pile_up(source, folder, monkeypatch):
-    monkeypatch.setattr("fedlora.data.cache.build._AHEAD", 0)
-    # The largest in a chunk counts: 12 x 9 to 13 bytes, three times that in colour, or the result.
-    monkeypatch.setattr("fedlora.data.cache.build._CHUNK_BYTES", 5 * SLOT)
+    # Every other one is in colour: 12 x 9 to 13 bytes, three times that.
+    monkeypatch.setattr("fedlora.data.cache.base._PIECE_BYTES", 3 * 12 * 13)
     source.names = [f"{i:03d}.png" for i in range(100)]
-    sizes = []
+    chunks = []
     read = source.read
-    monkeypatch.setattr(source, "read", lambda rows: sizes.append(len(rows)) or read(rows))
+    monkeypatch.setattr(source, "read", lambda rows: chunks.append(list(rows)) or read(rows))
     assert source.right(opened(source, folder))
-    assert sizes[0] == 1
-    assert 2 <= max(sizes) <= 5
+    # Of each 16 the first one alone, as nobody knows how large they are.
+    assert {rows[0] for rows in chunks if len(rows) == 1} >= set(range(0, 100, 16))
+    assert max(len(rows) for rows in chunks) == 4
+    chunks.clear()
+    large = opened(source, folder / "none", 0.0)
+    chunks.clear()
+    large[torch.arange(1, 9, 2)]
+    assert sorted(chunks) == [[1], [3], [5], [7]]
 
 
 def test_reading_does_not_run_far_ahead_of_writing(source, folder, monkeypatch):
@@ -292,6 +310,11 @@ def test_reading_does_not_run_far_ahead_of_writing(source, folder, monkeypatch):
     monkeypatch.setattr(source, "read", spy)
     opened(source, folder, reporter=told)
     assert 3 <= max(ahead) <= 3 + 2
+
+
+def test_where_nobody_knows_which_cpus_are_for_a_process(source, folder, monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity")  # macOS
+    assert source.right(opened(source, folder, gb(10)))
 
 
 def test_on_demand_in_threads_too(source, folder, monkeypatch):
@@ -354,6 +377,14 @@ def test_what_the_user_sees(source, folder):
     assert re.fullmatch(pattern, line)
     opened(source, folder, reporter=told)
     assert (len(told.tracked), len(told.lines)) == (1, 1)
+
+
+def test_a_cache_folder_whose_name_is_no_text(source, tmp_path):
+    folder = tmp_path / "caf\udce9"
+    told = Told()
+    opened(source, folder, reporter=told)
+    assert "caf\\udce9/scans-" in told.lines[0]
+    told.lines[0].encode()
 
 
 # Other processes.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.data import BadImageError
+from fedlora.data import BadImageError, ImagePreprocess
 from fedlora.data.cache.folder import SetFolder, hold
 from fedlora.errors import FedloraError
 from tests.data.scans import (
@@ -65,7 +65,7 @@ def test_the_name_of_a_set(tmp_path):
         "a" * 500: "a" * 40 + "-8px-",
     }
     for place, start in names.items():
-        folder = SetFolder.of(tmp_path, place, PREPROCESS)
+        folder = SetFolder.of(tmp_path, Scans(tmp_path, place=place), PREPROCESS)
         assert re.fullmatch(re.escape(start) + "[0-9a-f]{16}", folder.name)
 
 
@@ -181,6 +181,14 @@ def test_nothing_is_removed_without_a_need(make, folder):
     assert sets(folder) == ["a", "b", "c"]
 
 
+def test_nothing_is_removed_for_less_than_a_picture(make, folder):
+    big = make("big", 20)
+    opened(big, folder, gb(10))
+    opened(make("other"), folder, gb(30))
+    opened(big, folder, gb(10))
+    assert sets(folder) == ["big", "other"]
+
+
 def test_only_as_much_is_removed_as_is_needed(make, folder):
     for name, seconds in (("a", 30), ("b", 20), ("c", 10)):
         opened(make(name), folder)
@@ -259,9 +267,9 @@ def test_a_disk_without_room(make, folder, monkeypatch):
 def test_the_limit_that_is_named_fits(make, folder, monkeypatch):
     from fedlora.data.cache import room as cache_room
 
-    own = SetFolder.of(folder, "/data/a", PREPROCESS)
+    own = SetFolder.of(folder, make("a"), PREPROCESS)
     opened(make("a"), folder)
-    monkeypatch.setattr(SetFolder, "num_bytes", lambda self: 1_000_000_000)
+    monkeypatch.setattr(SetFolder, "kept_bytes", lambda self: 1_000_000_000)
     opened(make("b"), folder)
     monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 3_210_000_000))
     with pytest.raises(FedloraError) as caught:
@@ -269,6 +277,16 @@ def test_the_limit_that_is_named_fits(make, folder, monkeypatch):
     # 1 GB each of two sets and 3.21 GB free, less a twentieth: 4.94.
     for text in ("keeping 70,000 pictures", "takes 10.5 GB, 3.2 GB are free", "cache_gb=4.9 "):
         assert text in str(caught.value)
+
+
+def test_what_was_only_planned_takes_no_room(make, folder, monkeypatch):
+    # 1,000 pictures of 3 MB, 1 GB free, nothing kept yet: a twentieth less than that fits.
+    preprocess = ImagePreprocess(1000, True, (0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Usage(0, 0, 1_000_000_000))
+    with pytest.raises(
+        FedloraError, match=r"takes 3\.0 GB, 1\.0 GB are free.* data\.cache_gb=0\.9 "
+    ):
+        opened(make("a", 1000), folder, 5.0, preprocess=preprocess)
 
 
 def test_a_copy_that_the_disk_has_no_room_for_is_not_made(make, folder, monkeypatch):

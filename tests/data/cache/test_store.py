@@ -352,6 +352,8 @@ def test_what_another_user_keeps_can_be_used(source, folder, monkeypatch, limit)
     source.names.append("100.png")
     with pytest.raises(FedloraError, match="Permission denied"):
         opened(source, folder)
+    with pytest.raises(FedloraError, match="Permission denied"):  # a set that is not there
+        opened(Scans(source.log, place="/elsewhere"), folder)
 
 
 # Copied together.
@@ -406,6 +408,19 @@ def test_where_room_is_short_what_is_not_used_makes_way(source, folder):
     source.names = names
     assert source.right(opened(source, folder, gb(12)))
     assert source.asked() == ["000.png"]
+
+
+@pytest.mark.parametrize("limit", [0.0, gb(3), gb(9)])
+def test_a_limit_below_what_is_there_removes_nothing(source, folder, limit):
+    source.bad = {}
+    opened(source, folder)
+    names, source.names = source.names, ["100.png", *source.names[:5]]
+    assert source.right(opened(source, folder, limit))
+    assert (pixels(folder).name, pixels(folder).stat().st_size) == ("pixels-1.u8", 10 * SLOT)
+    source.names = names
+    source.asked()
+    opened(source, folder, limit)
+    assert source.asked() == []
 
 
 def test_pixels_without_a_record_make_way(source, folder):

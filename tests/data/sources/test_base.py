@@ -102,6 +102,9 @@ def test_test_fraction(fraction):
             "split must be one of train, val, test, got 'valid'",
         ),
         ({"keys": np.array(["a", "a"])}, "keys must be distinct"),
+        ({"labels": np.array([0.0, 1.0])}, r"labels must be whole numbers.*got float64 of shape"),
+        ({"labels": np.zeros((2, 2), int)}, r"labels must be .*one per picture.*shape \(2, 2\)"),
+        ({"site": np.array(["a", ""])}, "site must not be empty, as it is in row 1"),
     ],
 )
 def test_table_checks_its_columns(change, message):

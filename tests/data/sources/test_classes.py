@@ -33,6 +33,10 @@ def test_a_list_says_the_order():
     assert labels_of(["a", "b", "b"], ["b", "a"]) == ([1, 0, 0], ["b", "a"])
 
 
+def test_case_tells_classes_apart_where_the_user_says_so():
+    assert labels_of(["a", "A", "a"], ["a", "A"]) == ([0, 1, 0], ["a", "A"])
+
+
 def test_a_dict_says_order_and_names():
     given = {"n02": "cat", "n01": "tench"}
     assert labels_of(["n01", "n02", "n01"], given) == ([1, 0, 1], ["cat", "tench"])
@@ -79,6 +83,12 @@ def test_what_is_given_is_not_changed():
         ([], None, "there is no class "),
         (["x", " "], None, r"a class folder is empty \(' '\)"),
         (["x", "caf\udce9"], None, r"a class folder is not valid Unicode, 'caf\\udce9'"),
+        (["cat", "dog", "Cat"], None, r"^'Cat' and 'cat' \(each .*\) differ in case only"),
+        (
+            ["0", "1"],
+            ["zero", "one"],
+            r"found '0', '1'. Write a dict from what there is to names, \{0: zero, ...\}.$",
+        ),
     ],
 )
 def test_what_does_not_fit_the_data(found, given, message):

@@ -94,9 +94,10 @@ def test_stamps_are_of_the_files_of_pictures(tmp_path):
     make(tmp_path)
     os.utime(tmp_path / f"{IMAGES}.gz", ns=(0, 12))
     os.utime(tmp_path / f"{TEST_IMAGES}.gz", ns=(0, 34))
-    sizes = [(tmp_path / f"{name}.gz").stat().st_size for name in (IMAGES, TEST_IMAGES)]
+    files = [(tmp_path / f"{name}.gz").stat() for name in (IMAGES, TEST_IMAGES)]
+    train, test = (f"{s.st_size}:{s.st_mtime_ns}:{s.st_ctime_ns}" for s in files)
     stamps = FashionMNIST(str(tmp_path)).load().stamps
-    assert stamps.tolist() == [f"{sizes[0]}:12"] * 3 + [f"{sizes[1]}:34"] * 2
+    assert stamps.tolist() == [train] * 3 + [test] * 2
 
 
 def test_an_unpacked_file_is_taken_first(tmp_path):
@@ -266,3 +267,13 @@ def test_labels_without_a_name(tmp_path):
         r"labels up to 9, and there are 3 class names, for 0 to 2. Give data.source.class_names",
         class_names=["a", "b", "c"],
     )
+
+
+def test_digits_are_not_called_clothes(tmp_path):
+    make(tmp_path / "MNIST" / "raw")
+    for root in (tmp_path / "MNIST", tmp_path / "MNIST" / "raw"):
+        with pytest.raises(FedloraError, match=r"holds MNIST, not Fashion-MNIST.*class_names"):
+            FashionMNIST(str(root)).prepare()
+    names = [f"digit {i}" for i in range(10)]
+    assert FashionMNIST(str(tmp_path / "MNIST"), class_names=names).class_names == names
+    FashionMNIST(str(tmp_path / "MNIST"), class_names=names).prepare()

@@ -246,6 +246,72 @@ def test_the_readme_names_the_classes(tmp_path):
     assert HuggingFaceImages(str(folder)).class_names == ["ant", "bee", "cow"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels", "expected"),
+    [
+        (pa.uint8(), [2, 0, 1], [2, 0, 1]),
+        (pa.float64(), [2.0, 0.0, 1.0], [2, 0, 1]),
+        (pa.string(), ["cow", "ant", "bee"], [2, 0, 1]),
+        (pa.dictionary(pa.int8(), pa.string()), ["cow", "ant", "bee"], [2, 0, 1]),
+        (pa.uint8(), [2, None, 1], "rows without a label (row 1, column 'label': -1)"),
+        (pa.float64(), [2.0, 0.0, float("nan")], "rows without a label (row 2"),
+        (pa.string(), ["cow", "ant", "emu"], "rows without a label (row 2"),
+    ],
+)
+def test_classes_of_the_readme_in_columns_of_other_types(tmp_path, kind, labels, expected):
+    (tmp_path / "README.md").write_text(readme(3))
+    table = pa.table(
+        {"img": [{"bytes": png(0), "path": None}] * 3, "label": pa.array(labels, kind)}
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = HuggingFaceImages(str(tmp_path))
+    if isinstance(expected, str):
+        assert expected in message(source)
+    else:
+        assert source.load().labels.tolist() == expected
+        assert source.class_names == ["ant", "bee", "cow"]
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_numbers_mean_the_same_classes_in_all_files(tmp_path, ending):
+    names = (["cat", "dog"], ["dog", "cat"])
+    for i, found in enumerate(names):
+        features = datasets.Features({**CIFAR, "label": datasets.ClassLabel(names=found)})
+        rows = {"img": [{"bytes": png(0), "path": None}], "label": [0]}
+        part = datasets.Dataset.from_dict(rows, features=features)
+        path = tmp_path / "set" / f"train-{i}.{ending}"
+        path.parent.mkdir(exist_ok=True)
+        if ending == "parquet":
+            part.to_parquet(path)
+        else:
+            part.save_to_disk(tmp_path / f"saved{i}")
+            shutil.copy(next((tmp_path / f"saved{i}").glob("*.arrow")), path)
+    found = message(HuggingFaceImages(str(tmp_path / "set")))
+    assert f"train-1.{ending}: column 'label' has the classes 'dog', 'cat', other files" in found
+
+
+def test_two_columns_of_one_name(tmp_path):
+    columns = [pa.array([png(0)]), pa.array(["x"]), pa.array(["y"])]
+    table = pa.Table.from_arrays(columns, ["img", "label", "label"])
+    pq.write_table(table, tmp_path / "set.parquet")
+    found = message(HuggingFaceImages(str(tmp_path / "set.parquet")))
+    assert "set.parquet has 2 columns called 'label'" in found
+
+
+def test_sites_in_folders_are_not_lost(tmp_path):
+    for site in ("paris", "rome"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "data" / site / "train" / name
+            folder.mkdir(parents=True)
+            (folder / "x.png").write_bytes(png(0))
+    assert "Use ImageFolder for these" in message(HuggingFaceImages(str(tmp_path)))
+
+
+def test_a_folder_whose_name_is_a_pattern(tmp_path):
+    folder = hub_folder(tmp_path / "set[1]", train=cifar(0, 3))
+    assert "It reads [ in a path as a pattern: rename" in message(HuggingFaceImages(folder))
+
+
 def test_a_download_that_was_broken_off(tmp_path):
     folder = Path(hub_folder(tmp_path / "set", train=cifar(0, 3)))
     (folder / "README.md").write_text(readme(50_000))

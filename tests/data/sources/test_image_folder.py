@@ -376,13 +376,32 @@ def test_stamps(tmp_path):
     size = len(PICTURE)
     table = ImageFolder(root).load()
     assert dict(zip(table.keys.tolist(), table.stamps.tolist(), strict=True)) == {
-        "a/x.png": f"{size}:1700000000123456789",
+        "a/x.png": f"{size}:1700000000123456789:{changed(tmp_path / 'a/x.png')}",
         "b/broken.png": "missing",
-        "b/link.png": f"{size + 4}:1700000000123456789",
-        "b/x.png": f"{size}:1700000000123456789",
+        "b/link.png": f"{size + 4}:1700000000123456789:{changed(store)}",
+        "b/x.png": f"{size}:1700000000123456789:{changed(tmp_path / 'b/x.png')}",
     }
     os.utime(tmp_path / "a/x.png", ns=(5, 1_700_000_000_123_456_790))
-    assert ImageFolder(root).load().stamps[0] == f"{size}:1700000000123456790"
+    assert ImageFolder(root).load().stamps[0].startswith(f"{size}:1700000000123456790:")
+
+
+def changed(path):
+    return path.stat().st_ctime_ns
+
+
+def test_a_file_moved_to_the_place_of_another_has_another_stamp(tmp_path):
+    root = make(tmp_path, "a/x.png", "b/y.png")
+    first, second = (tmp_path / name for name in ("a/x.png", "b/y.png"))
+    for file in (first, second):
+        os.utime(file, ns=(7, 7))
+    before = ImageFolder(root).load().stamps.tolist()
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    after = ImageFolder(root).load().stamps.tolist()
+    # Each file as large and as old as the other.
+    assert [stamp.split(":")[:2] for stamp in before] == [stamp.split(":")[:2] for stamp in after]
+    assert not set(before) & set(after)
 
 
 def test_stamps_of_paths(tmp_path):
@@ -390,7 +409,7 @@ def test_stamps_of_paths(tmp_path):
     file.write_bytes(b"123")
     os.utime(file, ns=(0, 7))
     assert disk.stamps([file, str(tmp_path / "no"), tmp_path]).tolist() == [
-        *("3:7", "missing", "missing")
+        *(f"3:7:{changed(file)}", "missing", "missing")
     ]
     assert disk.stamp(tmp_path) is None
     assert disk.stamp("a\0b") == "missing"

@@ -107,6 +107,24 @@ def test_quoted_delimiters_quotes_and_line_breaks(tmp_path):
     assert source.load().columns["note"].tolist() == ["one\ntwo", ""]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sep=;\r\npath;label\r\na.png;x,1\r\nb.png;y\r\n",
+        "\ufeffSEP=|\npath|label\na.png|x,1\nb.png|y\n",
+    ],
+)
+def test_excels_line_tells_the_delimiter(tmp_path, text):
+    source = Manifest(write(tmp_path, text))
+    assert source.load().keys.tolist() == ["a.png", "b.png"]
+    assert source.class_names == ["x,1", "y"]
+
+
+def test_a_site_in_two_forms_of_unicode(tmp_path):
+    text = "path,label,site\na.png,x,caf\u00e9\nb.png,y,cafe\u0301\n"
+    assert Manifest(write(tmp_path, text)).load().site.tolist() == ["caf\u00e9"] * 2
+
+
 def test_the_wanted_columns_tell_the_delimiter(tmp_path):
     text = "path;label;x,y,z\na.png;1;0,5\nb.png;2;0,7\n"
     table = Manifest(write(tmp_path, text)).load()
@@ -195,7 +213,9 @@ def test_stamps_change_with_the_file(tmp_path):
     os.utime(second, ns=(1, 1))
     after = Manifest(path).load().stamps
     assert (before == after).tolist() == [True, False]
-    assert before[0] == f"{first.stat().st_size}:{first.stat().st_mtime_ns}"
+    assert (
+        before[0] == f"{first.stat().st_size}:{first.stat().st_mtime_ns}:{first.stat().st_ctime_ns}"
+    )
 
 
 def test_a_missing_picture_is_no_error_of_the_table(tmp_path):
@@ -229,7 +249,7 @@ def test_summary(tmp_path):
         (["10", "2", "10"], None, [1, 0, 1], ["2", "10"]),
         (["0", "2", "1"], ["a", "b", "c"], [0, 2, 1], ["a", "b", "c"]),
         (["0", "2", "0"], ["a", "b", "c"], [0, 2, 0], ["a", "b", "c"]),
-        (["0", "2", "1"], ["a", "2", "c"], [0, 2, 1], ["a", "2", "c"]),
+        (["0", "2", "1"], ["a", "b", "2"], [0, 2, 1], ["a", "b", "2"]),
         (["1", "0", "1"], ["1", "0"], [0, 1, 0], ["1", "0"]),
         (["b", "a", "b"], ["b", "a"], [0, 1, 0], ["b", "a"]),
         (["b", "a", "b"], {"b": "bird", "a": "ape"}, [0, 1, 0], ["bird", "ape"]),
@@ -257,6 +277,10 @@ def test_labels(tmp_path, labels, given, expected, names):
         ("-1", ["a", "b"], "row 3, column 'label': the label must be between 0 and 1"),
         ("c", ["a", "b"], "data.source.class_names lists"),
         ("", None, "row 3, column 'label': empty, but every picture needs a label"),
+        ("nan", None, "row 3, column 'label': 'nan', but every picture needs a label. Fill it in."),
+        # The name at position 1, or position 2?
+        ("2", ["0", "2", "c"], "row 3, column 'label': the label 2 is a position in data.source"),
+        ("2", ["0", "2", "c"], "that of 'c', and one of the names in it, too. Write a dict there"),
         ("  ", None, "row 3, column 'label': empty"),
         ("0", None, "there is one class only"),
     ],
@@ -284,6 +308,9 @@ def test_labels_that_do_not_fit(tmp_path, label, given, expected):
         ("path,label,split\na.png,x,trian\n", "Did you mean 'train'?"),
         ("path,label,split\na.png,x,\n", "row 2, column 'split': the split must be one of"),
         ("path,label,site\na.png,x,\nb.png,y,s\n", "row 2, column 'site': empty"),
+        ("path,label,site\na.png,x,s\nb.png,y,NaN\n", "row 3, column 'site': 'NaN', but every"),
+        ("path,label,site\na.png,x,s\nb.png,y,\n", "or set data.source.site_column to another"),
+        ("sep=;\npath;label\na.png;\n", "row 3, column 'label': empty"),
         ("path,lable\na.png,x\n", "has no column 'label', only 'path', 'lable'. Set data.source."),
         ("path,lable\na.png,x\n", "label_column. Did you mean 'lable'?"),
         ("pth,label\na.png,x\n", "has no column 'path', only 'pth', 'label'. Set data.source."),
@@ -400,6 +427,16 @@ def test_parquet_labels_that_are_whole(tmp_path):
 )
 def test_parquet_with_mistakes(tmp_path, labels, expected):
     assert expected in message(Manifest(parquet(tmp_path, path=["a.png", "b.png"], label=labels)))
+
+
+@pytest.mark.parametrize("name", ["label", "age"])
+def test_parquet_with_two_columns_of_a_name(tmp_path, name):
+    columns = [pa.array(["a.png", "b.png"]), pa.array(["x", "y"]), pa.array([1, 2])]
+    path = tmp_path / "list.parquet"
+    pq.write_table(
+        pa.Table.from_arrays([*columns, columns[2]], ["path", "label", "age", name]), path
+    )
+    assert f"has two columns called '{name}' (columns " in message(Manifest(str(path)))
 
 
 def test_parquet_with_the_pictures_in_it(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -17,8 +17,10 @@ from fedlora.data.decode import BadImageError
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources.base import ImageSource
 
-# Pictures read and resized at a time: bounds the memory needed beside the result.
+# Most pictures read at a time, and about how many bytes of them: bounds the memory needed beside
+# the result.
 _CHUNK = 512
+_PIECE_BYTES = 16_000_000
 # Up to so many bytes the call costs more than the resizing, and pictures of one shape share one;
 # larger ones are slower together (at 300 x 400 twice as slow), as they fall out of the CPU's cache.
 _TINY = 16_384
@@ -97,19 +99,42 @@ def resized(
     Returns:
         row -> why it cannot be read.
     """
-    good, bad = read_rows(source, rows, preprocess)
-    resize_into({i: good[row] for i, row in enumerate(rows) if row in good}, preprocess, out)
-    return bad
+    found: dict[int, BadImageError] = {}
+    start = 0
+    for good, bad in read_in_pieces(source, rows, preprocess):
+        found |= bad
+        end = start + len(good) + len(bad)
+        piece = enumerate(rows[start:end], start)
+        resize_into({i: good[row] for i, row in piece if row in good}, preprocess, out)
+        start = end
+    return found
 
 
-def read_rows(
+def read_in_pieces(
+    source: ImageSource, rows: Sequence[int], preprocess: ImagePreprocess
+) -> Iterator[tuple[dict[int, Tensor], dict[int, BadImageError]]]:
+    """Read some rows in their order, of large pictures few at a time.
+
+    How large they are shows when they are read: first one, then as many of its size as are to be in
+    memory at once.
+
+    Yields:
+        row -> (C, H, W), uint8, emptied when the next ones are asked for; and row -> why it cannot
+        be read or brought to the size.
+    """
+    start, length = 0, 1
+    while start < len(rows):
+        good, bad = _read_rows(source, rows[start : start + length], preprocess)
+        start += length
+        largest = max((image.nbytes for image in good.values()), default=_PIECE_BYTES)
+        length = max(1, _PIECE_BYTES // largest)
+        yield good, bad
+        good.clear()
+
+
+def _read_rows(
     source: ImageSource, rows: Sequence[int], preprocess: ImagePreprocess
 ) -> tuple[dict[int, Tensor], dict[int, BadImageError]]:
-    """Read some rows.
-
-    Returns:
-        row -> (C, H, W), uint8; and row -> why it cannot be read or brought to the size.
-    """
     good: dict[int, Tensor] = {}
     bad: dict[int, BadImageError] = {}
     for row, image in zip(rows, source.read(rows), strict=True):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.data.cache.base import Reporter, read_rows, resize_into
+from fedlora.data.cache.base import Reporter, read_in_pieces, resize_into
 from fedlora.data.cache.folder import SetFolder, clear_cache_errors
 from fedlora.data.cache.index import BAD, NO_PIXELS, UNKNOWN
 from fedlora.data.cache.room import check_free, is_free, release, reserve
@@ -24,8 +24,7 @@ from fedlora.data.decode import BadImageError
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources.base import ImageSource
 
-# Most pictures in a chunk: more gain little. Fewer where they are large, as each thread holds a
-# chunk decoded; how large they are shows when the first ones are read.
+# Most pictures in a chunk, and bytes of them at the model's size: more gain little.
 _CHUNK = 16
 _CHUNK_BYTES = 16_000_000
 # Chunks that may wait to be written: reading goes on while the disk is flushed.
@@ -38,15 +37,13 @@ _WASTE_BYTES = 64_000_000
 class _Chunk:
     """Rows that were read.
 
-    ``rows``: all of them; ``kept``: those that ``pixels`` (len(kept), 3, size, size) are of;
-    ``largest``: decoded bytes of the largest picture.
+    ``rows``: all of them; ``kept``: those that ``pixels`` (len(kept), 3, size, size) are of.
     """
 
     rows: Sequence[int]
     kept: list[int]
     pixels: NDArray[np.uint8]
     bad: dict[int, BadImageError]
-    largest: int
 
 
 class Builder:
@@ -57,6 +54,8 @@ class Builder:
         preprocess: the size.
         folder: of the set.
         keys: of all rows, as the index calls them.
+        gone: (rows,) True for files that were not there when the table was made: these are
+            recorded, as their stamps change when they come.
         reporter: whom to tell.
 
     Attributes:
@@ -70,6 +69,7 @@ class Builder:
         preprocess: ImagePreprocess,
         folder: SetFolder,
         keys: Sequence[bytes],
+        gone: NDArray[np.bool_],
         reporter: Reporter | None,
     ) -> None:
         self.passing: dict[int, str] = {}
@@ -77,8 +77,10 @@ class Builder:
         self._preprocess = preprocess
         self._folder = folder
         self._keys = keys
+        self._gone = gone
         self._reporter = reporter
         self._room = 0
+        self._slot_bytes = 3 * preprocess.size**2
         self._claims = Lock()
 
     def build(self, store: Store, limit: float) -> None:
@@ -97,7 +99,7 @@ class Builder:
         if not len(missing):
             return
         with clear_cache_errors(self._folder.path):
-            self._folder.describe(self._source.place, self._preprocess)
+            self._folder.describe(self._source, self._preprocess)
         try:
             self._room = self._make_room(store, len(missing), limit)
             check_free(self._folder, self._room * store.slot_bytes, self._room)
@@ -114,14 +116,19 @@ class Builder:
         if self._is_waste(store, len(superseded), wanted):
             self._compact(store, superseded)
             superseded = []
-        size = store.slot_bytes
-        room = reserve(self._folder, store.num_bytes, wanted * size, limit) // size
-        # Other tables of the same pictures may use them: no more than there is a need for.
-        out = [*superseded, *others][: wanted - room]
-        if room < wanted and (out or store.num_slots > store.num_recorded):
+        room = self._reserve(store, wanted, limit)
+        # Other tables of the same pictures may use them: no more than there is a need for, and none
+        # where there is more than the limit already.
+        out = [*superseded, *(others if room >= 0 else [])][: wanted - room]
+        made = room + len(out) + store.num_slots - store.num_recorded
+        if room < wanted and made > max(room, 0):
             self._compact(store, out)
-            room = reserve(self._folder, store.num_bytes, wanted * size, limit) // size
-        return room
+            room = self._reserve(store, wanted, limit)
+        return max(room, 0)
+
+    def _reserve(self, store: Store, wanted: int, limit: float) -> int:
+        size = store.slot_bytes
+        return reserve(self._folder, store.num_bytes, wanted * size, limit, size) // size
 
     @staticmethod
     def _is_waste(store: Store, superseded: int, wanted: int) -> bool:
@@ -154,33 +161,36 @@ class Builder:
             seconds = time.perf_counter() - began
             self._reporter.say(
                 f"read {len(rows):,} pictures in {seconds:.1f} s ({len(rows) / seconds:,.0f} a "
-                f"second) into {self._folder.path}"
+                f"second) into {self._folder.shown}"
             )
 
     def _chunks(self, pool: ThreadPoolExecutor, rows: list[int]) -> Iterator[_Chunk]:
         """Chunks in their order, some of them being read ahead."""
-        size, start = 1, 0
+        size = max(1, min(_CHUNK, _CHUNK_BYTES // self._slot_bytes))
+        start = 0
         waiting: deque[Future[_Chunk]] = deque()
         while waiting or start < len(rows):
             while start < len(rows) and len(waiting) < _AHEAD + num_threads():
                 waiting.append(pool.submit(self._read_chunk, rows[start : start + size]))
                 start += size
-            chunk = waiting.popleft().result()
-            size = max(1, min(_CHUNK, _CHUNK_BYTES // chunk.largest))
-            yield chunk
+            yield waiting.popleft().result()
 
     def _read_chunk(self, rows: Sequence[int]) -> _Chunk:
         """In one of several threads."""
-        good, bad = read_rows(self._source, rows, self._preprocess)
-        with self._claims:
-            num = min(len(good), self._room)
-            self._room -= num
         size = self._preprocess.size
-        kept = list(good)[:num]
-        pixels = np.empty((num, 3, size, size), dtype=np.uint8)
-        resize_into({i: good[row] for i, row in enumerate(kept)}, self._preprocess, pixels)
-        largest = max((image.nbytes for image in good.values()), default=0)
-        return _Chunk(rows, kept, pixels, bad, max(largest, 3 * size * size))
+        kept: list[int] = []
+        found: dict[int, BadImageError] = {}
+        pixels = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+        for good, bad in read_in_pieces(self._source, rows, self._preprocess):
+            with self._claims:
+                num = min(len(good), self._room)
+                self._room -= num
+            some = list(good)[:num]
+            images = {i: good[row] for i, row in enumerate(some, len(kept))}
+            resize_into(images, self._preprocess, pixels)
+            kept += some
+            found |= bad
+        return _Chunk(rows, kept, pixels[: len(kept)], found)
 
     def _add(self, store: Store, chunk: _Chunk) -> None:
         kept = {self._keys[row] for row in chunk.kept}
@@ -192,7 +202,7 @@ class Builder:
                 if key not in kept:
                     others[key] = NO_PIXELS
             # A missing permission or a failing disk changes no stamp when it is mended.
-            elif error.lasting:
+            elif error.lasting or self._gone[row]:
                 others[key], reasons[key] = BAD, str(error)
             else:
                 self.passing[row] = str(error)
@@ -206,7 +216,9 @@ class Builder:
 
 def num_threads() -> int:
     """Threads for reading: as many as there are CPUs for this process."""
-    return len(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS
 
 
 @contextmanager

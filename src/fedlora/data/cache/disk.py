@@ -23,6 +23,7 @@ from fedlora.data.cache.index import BAD, NO_PIXELS, UNKNOWN, Index, keys_of
 from fedlora.data.cache.store import Store, load_index
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources.base import ImageSource, ImageTable
+from fedlora.data.sources.files_on_disk import MISSING
 from fedlora.errors import FedloraError
 
 
@@ -57,7 +58,7 @@ def open_pictures(
         return MemoryPictures(source, len(table), preprocess)
     if not limit_gb >= 0:
         raise FedloraError(f"data.cache_gb must be at least 0 (GB, 10^9 bytes), got {limit_gb}.")
-    place = SetFolder.of(folder, source.place, preprocess)
+    place = SetFolder.of(folder, source, preprocess)
     keys = keys_of(table.keys, table.stamps)
     pictures = _open(source, table, preprocess, place, keys, limit_gb, reporter)
     if pictures.num_not_kept and reporter is not None:
@@ -87,7 +88,8 @@ def _open(
                 return opened(index)
         with working(place, reporter):
             store = Store(place, preprocess.size)
-            builder = Builder(source, preprocess, place, keys, reporter)
+            gone = table.stamps == MISSING
+            builder = Builder(source, preprocess, place, keys, gone, reporter)
             try:
                 builder.build(store, limit_gb * 1e9)
             finally:

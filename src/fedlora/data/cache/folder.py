@@ -17,6 +17,7 @@ from pathlib import Path
 from fedlora.data.cache.base import Reporter
 from fedlora.data.cache.index import pixels_files
 from fedlora.data.preprocess import ImagePreprocess
+from fedlora.data.sources.base import ImageSource
 from fedlora.data.sources.files_on_disk import printable
 from fedlora.errors import FedloraError
 from fedlora.files import write_json
@@ -43,23 +44,25 @@ class SetFolder:
     index = property(lambda self: self.path / "index")
     about = property(lambda self: self.path / "about.json")
     plan = property(lambda self: self.path / "plan")
+    shown = property(lambda self: printable(str(self.path)))  # in messages
     in_work = property(lambda self: self.path / "in-work.lock")
     # Beside the folder, and left there when the folder is cleared away: whoever waits for it holds
     # the one that counts. Its time of change is that of the last use.
     in_use = property(lambda self: self.root / f"{self.name}.lock")
 
     @classmethod
-    def of(cls, root: Path, place: str, preprocess: ImagePreprocess) -> SetFolder:
+    def of(cls, root: Path, source: ImageSource, preprocess: ImagePreprocess) -> SetFolder:
         """The folder of a set.
 
         Args:
             root: the cache folder.
-            place: what tells the source from others.
+            source: its ``place`` tells it from others, and so does its way to read: a subclass that
+                overrides ``read()`` makes other pixels of the same files.
             preprocess: the size; scaling (mean, std) changes no stored pixel and does not count.
         """
-        told = json.dumps(_about(place, preprocess), sort_keys=True)
+        told = json.dumps(_about(source, preprocess), sort_keys=True)
         digest = hashlib.sha256(told.encode()).hexdigest()
-        last = place.rstrip("/").rpartition("/")[2]
+        last = source.place.rstrip("/").rpartition("/")[2]
         readable = re.sub(r"[^A-Za-z0-9._]+", "-", last)[:40].strip("-.") or "pictures"
         return cls(root, f"{readable}-{preprocess.size}px-{digest[:16]}")
 
@@ -72,10 +75,12 @@ class SetFolder:
         ]
         return [other for other in found if other.about.is_file()]
 
-    def describe(self, place: str, preprocess: ImagePreprocess) -> None:
+    def describe(self, source: ImageSource, preprocess: ImagePreprocess) -> None:
         """Write ``about.json``, for people, if it is not there."""
         if not self.about.exists():
-            write_json(self.about, {"what": "pictures kept by fedlora"} | _about(place, preprocess))
+            write_json(
+                self.about, {"what": "pictures kept by fedlora"} | _about(source, preprocess)
+            )
 
     def last_used(self) -> int:
         """When it was last opened, in ns."""
@@ -91,17 +96,23 @@ class SetFolder:
             planned = int(self.plan.read_text())
         except (OSError, ValueError):
             planned = 0
+        return max(planned, self.kept_bytes())
+
+    def kept_bytes(self) -> int:
+        """Bytes of pixels that it has."""
         kept = 0
         for file in pixels_files(self.path).values():
             with suppress(FileNotFoundError):  # cleared away a moment ago
                 kept += file.stat().st_size
-        return max(planned, kept)
+        return kept
 
 
-def _about(place: str, preprocess: ImagePreprocess) -> dict[str, str | int | bool]:
+def _about(source: ImageSource, preprocess: ImagePreprocess) -> dict[str, str | int | bool]:
+    read = type(source).read
     return {
         "format": _FORMAT,
-        "place": printable(place),
+        "place": printable(source.place),
+        "read_by": f"{read.__module__}.{read.__qualname__}",
         "size": preprocess.size,
         "crop": preprocess.crop,
         "resample": preprocess.resample,
@@ -167,7 +178,7 @@ def working(folder: SetFolder, reporter: Reporter | None) -> Iterator[None]:
         if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, folder.root):
             if reporter is not None:
                 reporter.say(
-                    f"waiting for another process that reads the pictures in {folder.path}"
+                    f"waiting for another process that reads the pictures in {folder.shown}"
                 )
             lock(descriptor, fcntl.LOCK_EX, folder.root)
         try:
@@ -191,7 +202,9 @@ def open_lock(path: Path) -> int:
         if error.errno not in (errno.EACCES, errno.EROFS):
             raise
         # What another user keeps, or a disk that is read-only, can be used all the same.
-        return os.open(path, os.O_RDONLY)
+        with suppress(FileNotFoundError):
+            return os.open(path, os.O_RDONLY)
+        raise
 
 
 def lock(descriptor: int, how: int, root: Path) -> bool:

@@ -14,7 +14,7 @@ from fedlora.errors import FedloraError
 from fedlora.files import sweep
 
 
-def reserve(own: SetFolder, kept: int, wanted: int, limit: float) -> int:
+def reserve(own: SetFolder, kept: int, wanted: int, limit: float, least: int) -> int:
     """Make room under the limit for further pixels of a set; only by who is working on it.
 
     Sets that no process has open are removed where need be, those not used for longest first.
@@ -24,10 +24,11 @@ def reserve(own: SetFolder, kept: int, wanted: int, limit: float) -> int:
         kept: bytes of pixels that it has.
         wanted: bytes that are to be added.
         limit: bytes of pixels that all sets together may have.
+        least: fewer bytes than these are of no use.
 
     Returns:
-        How many bytes may be added: at most ``wanted``, at least 0. Other processes count them as
-        taken until :func:`release`.
+        How many bytes may be added, at most ``wanted``; negative where there are more than the
+        limit. Other processes count them as taken until :func:`release`.
 
     Raises:
         FedloraError: if the cache folder cannot be written.
@@ -39,12 +40,13 @@ def reserve(own: SetFolder, kept: int, wanted: int, limit: float) -> int:
             others = {other: other.num_bytes() for other in own.others()}
             room = limit - kept - sum(others.values())
             # Where nothing more fits in any case, nothing is removed.
-            for other in sorted(others, key=SetFolder.last_used) if limit > kept else []:
+            fits = limit - kept >= least
+            for other in sorted(others, key=SetFolder.last_used) if fits else []:
                 if room >= wanted:
                     break
                 room += others[other] if _remove(other) else 0
-            granted = max(0, math.floor(min(wanted, room)))
-            own.plan.write_text(str(kept + granted))
+            granted = math.floor(min(wanted, room))
+            own.plan.write_text(str(kept + max(0, granted)))
         finally:
             os.close(descriptor)
     return granted
@@ -76,7 +78,7 @@ def check_free(own: SetFolder, wanted: int, num_pictures: int) -> None:
     if is_free(own, wanted):
         return
     free = shutil.disk_usage(own.path).free
-    used = sum(folder.num_bytes() for folder in [own, *own.others()])
+    used = sum(folder.kept_bytes() for folder in [own, *own.others()])
     # In tenths of a GB; leaves a twentieth of the disk's room alone.
     fits = math.floor((used + free) * 0.95 / 1e8) / 10
     raise FedloraError(

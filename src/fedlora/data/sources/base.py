@@ -44,6 +44,11 @@ class ImageTable:
 
     def __post_init__(self) -> None:
         """Check that the columns fit together."""
+        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu":
+            raise ValueError(
+                "labels must be whole numbers, one per picture, shape (n,), got "
+                f"{self.labels.dtype} of shape {self.labels.shape}."
+            )
         columns = {"split": self.split, "keys": self.keys, "site": self.site, "stamps": self.stamps}
         columns |= self.columns
         for name, column in columns.items():
@@ -52,6 +57,11 @@ class ImageTable:
                     f"{name} must have one value per label, shape ({len(self)},), "
                     f"got {column.shape}."
                 )
+        if self.site is not None and (self.site == "").any():
+            raise ValueError(
+                f"site must not be empty, as it is in row {int(np.argmax(self.site == ''))}: say "
+                "None in place of the column where nobody knows the sites."
+            )
         unknown = sorted(set(self.split.tolist()) - set(SPLITS))
         if unknown:
             raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {unknown[0]!r}.")
@@ -97,8 +107,16 @@ class ImageSource(ABC):
 
     @property
     def place(self) -> str:
-        """What tells this source from others in the cache folder: a full path, a hub name."""
+        """What tells this source from others in the cache folder: a full path, a hub name.
+
+        Where the table has stamps this must say it all: two sources of one place and class share
+        what is kept of pictures with equal keys and stamps.
+        """
         return f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def summary(self) -> str:
+        """One line for the user that says what was found, valid once ``prepare()`` has run."""
+        return f"{len(self.load()):,} pictures, {len(self.class_names):,} classes"
 
     @abstractmethod
     def load(self) -> ImageTable:

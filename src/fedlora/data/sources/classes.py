@@ -55,7 +55,7 @@ def label_rows(
 
     Names are compared in Unicode's composed form (NFC), so that "é" written in one character and
     in two is the same. Where ``given`` is None the classes come in the order of their names, or by
-    number where all are integers.
+    number where all are integers, and none may differ from another in case alone.
 
     Args:
         found: (n,), what the data says of each row.
@@ -68,7 +68,8 @@ def label_rows(
 
     Raises:
         FedloraError: if a value is not among the given ones or one of those is not found, there
-            are fewer than two classes, or a value is empty or not valid Unicode.
+            are fewer than two classes, a value is empty or not valid Unicode, or two differ in case
+            alone and ``given`` is None.
 
     Example:
         >>> label_rows(["dog", "cat", "dog"], None, "folder")
@@ -85,6 +86,7 @@ def label_rows(
     if given is None:
         order = _sorted(set(values))
         names = order
+        _check_case(order, what)
     else:
         order = list(given)
         names = list(given.values()) if isinstance(given, dict) else order
@@ -162,13 +164,29 @@ def _sorted(values: set[str]) -> list[str]:
     return sorted(values)
 
 
+def _check_case(names: list[str], what: str) -> None:
+    """Refuse one class written in two ways, each of which would be a class of its own."""
+    seen: dict[str, str] = {}
+    for name in names:
+        first = seen.setdefault(name.casefold(), name)
+        if first != name:
+            raise FedloraError(
+                f"{first!r} and {name!r} (each {what} is a class) differ in case only, which "
+                "prompts do not tell. If they are one class, write it in one way; if not, list all "
+                "classes in data.source.class_names."
+            )
+
+
 def _check_same(found: set[str], given: list[str], what: str) -> None:
     for value in given:
         if value not in found:
             rest = _sorted(found - set(given)) or _sorted(found)
+            instead = " Leave it out."
+            if not found & set(given):
+                instead = f" Write a dict from what there is to names, {{{rest[0]}: {value}, ...}}."
             raise FedloraError(
                 f"data.source.class_names lists {value!r} but there is no {what} of that name, "
-                f"found {listed(rest)}.{did_you_mean(value, rest) or ' Leave it out.'}"
+                f"found {listed(rest)}.{did_you_mean(value, rest) or instead}"
             )
     extra = _sorted(found - set(given))
     if extra:

@@ -158,6 +158,7 @@ class FashionMNIST(ImageSource):
 
     def _look(self) -> _Found:
         folder = _folder_of_files(existing_folder(self.root))
+        self._check_names(folder)
         images, labels, split, keys, stamps = [], [], [], [], []
         for name, prefix in _PREFIXES.items():
             file = IdxFile.open(_existing(folder, f"{prefix}-images-idx3-ubyte"), 3)
@@ -180,6 +181,16 @@ class FashionMNIST(ImageSource):
             stamps=np.array(stamps),
         )
         return _Found(images, table)
+
+    def _check_names(self, folder: Path) -> None:
+        """Refuse to call digits clothes, where torchvision's name of the folder tells."""
+        other = {"MNIST", "EMNIST", "KMNIST", "QMNIST"} & {folder.name, folder.parent.name}
+        if other and self._class_names == _CLASS_NAMES:
+            raise FedloraError(
+                f"data.source.root holds {other.pop()}, not Fashion-MNIST: "
+                f"{printable(str(folder))}. Give data.source.class_names, one per label, or name "
+                "another folder."
+            )
 
     def _labels(self, path: Path, images: IdxFile) -> NDArray[np.int64]:
         file = IdxFile.open(path, 1)

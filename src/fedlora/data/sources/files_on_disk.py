@@ -122,7 +122,7 @@ def pictures_below(root: Path) -> tuple[list[PictureFolder], Counter[str]]:
 
 
 def stamp(path: str | os.PathLike[str]) -> str | None:
-    """What changes whenever a file does: ``"size:mtime_ns"`` of what a link leads to.
+    """What changes whenever a file does: ``"size:mtime_ns:ctime_ns"`` of what a link leads to.
 
     Returns:
         :data:`MISSING` where there is nothing, None for what is no file (a folder, a pipe).
@@ -189,7 +189,10 @@ def _stamp_of_entry(entry: os.DirEntry[str]) -> str | None:
 
 
 def _stamp(found: os.stat_result) -> str | None:
-    return f"{found.st_size}:{found.st_mtime_ns}" if stat.S_ISREG(found.st_mode) else None
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    # What is moved to another's place keeps its size and time of change, but not its ctime.
+    return f"{found.st_size}:{found.st_mtime_ns}:{found.st_ctime_ns}"
 
 
 def _unreadable(folder: str, error: OSError) -> FedloraError:

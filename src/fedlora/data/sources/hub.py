@@ -192,7 +192,8 @@ def _why(name: str, config: str | None, error: Exception) -> str:
             "private, and no such folder. Mend the name; for a private one run `hf auth login`."
         )
     if isinstance(error, FileNotFoundError):
-        return f"data.source.name={name} does not hold the files of a data set: {said}."
+        hint = " It reads [ in a path as a pattern: rename the folder." if "[" in name else ""
+        return f"data.source.name={name} does not hold the files of a data set: {said}.{hint}"
     if "onfig" in said and isinstance(error, ValueError):
         got = "" if config is None else f" (got {config!r})"
         return f"data.source.config of {name}{got}: {said}."

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora.data.sources.files_on_disk import printable
+from fedlora.data.sources.folder_layout import SPLIT_NAMES
 from fedlora.data.sources.parquet_shards import ParquetShards
-from fedlora.data.sources.shards import ArrowShards, Shards
+from fedlora.data.sources.shards import ArrowShards, Shards, check_schemas
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def open_folder(path: Path, config: str | None) -> dict[str, Shards]:
             "hold pictures. For a CSV file that lists pictures use Manifest."
         )
     files = {str(split): list(map(Path, found)) for split, found in _data_files(builder).items()}
+    if kind == "imagefolder":
+        _check_levels(path, [file for found in files.values() for file in found])
     if kind in ("imagefolder", "webdataset") or not all(
         file.is_file() for found in files.values() for file in found
     ):
@@ -102,8 +106,10 @@ def _arrow(files: list[Path], folder: Path) -> Shards:
     import pyarrow as pa
     from datasets import Features
 
-    table = pa.concat_tables([_map(file) for file in files])
-    return ArrowShards(table, Features.from_arrow_schema(table.schema), files, folder)
+    tables = [_map(file) for file in files]
+    features = Features.from_arrow_schema(tables[0].schema)
+    check_schemas(files, [table.schema for table in tables], features)
+    return ArrowShards(pa.concat_tables(tables), features, files, folder)
 
 
 def _map(file: Path) -> Any:
@@ -127,6 +133,23 @@ def _parquet(files: list[Path], features: Any, folder: Path) -> Shards:
 def _data_files(builder: DatasetBuilder) -> Mapping[Any, list[str]]:
     found: Mapping[Any, list[str]] = builder.config.data_files
     return found
+
+
+def _check_levels(path: Path, files: list[Path]) -> None:
+    """Refuse folders that may be sites: ``datasets`` takes the lowest one only, as the class."""
+    if any(file.stem == "metadata" for file in files):
+        return
+    above: dict[tuple[str, ...], Path] = {}
+    for file in files:
+        folders = file.relative_to(path).parts[:-1] if file.is_relative_to(path) else ()
+        levels = tuple(name for name in folders if name.lower() not in SPLIT_NAMES)
+        above.setdefault(levels[:-1], file)
+    if len(above) > 1:
+        example = printable(str(above[max(above)]))
+        raise FedloraError(
+            f"data.source.name={path} holds pictures in several levels of folders, as {example}: "
+            "sites among them would be lost. Use ImageFolder for these."
+        )
 
 
 def _check_complete(path: Path, shards: Mapping[str, Shards], builder: DatasetBuilder) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from fedlora.data.sources.arrow_columns import as_text
 from fedlora.data.sources.classes import ClassNames, label_rows
 from fedlora.data.sources.hub_columns import names_of
-from fedlora.data.sources.shards import Shards, starts
+from fedlora.data.sources.shards import Shards, is_text, starts
 from fedlora.data.sources.table_columns import Column, labels_of
 from fedlora.errors import FedloraError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class SplitRows:
@@ -124,8 +127,10 @@ class SplitRows:
 
     def _codes(self, name: str) -> NDArray[np.int64]:
         """A column of classes as positions in their names; -1 where there is none."""
-        parts = [part.column(name).fill_null(-1).to_numpy() for part in self.parts.values()]
-        return np.concatenate(parts).astype(np.int64)
+        names = names_of(self.features[name]) or []
+        return np.concatenate(
+            [_positions(part.column(name), names) for part in self.parts.values()]
+        )
 
     def _unlabelled(self, name: str, position: int, code: int) -> FedloraError:
         split, row = self.at(position)
@@ -135,6 +140,22 @@ class SplitRows:
             f"{self.name}: split {split!r} has rows without a label (row {row}, column {name!r}: "
             f"{code}). {instead}"
         )
+
+
+def _positions(column: pa.ChunkedArray, names: list[str]) -> NDArray[np.int64]:
+    """Positions in ``names``, (n,), however a file holds them: as numbers or as the names."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if is_text(column.type):
+        known = {name: i for i, name in enumerate(names)}
+        return np.array([known.get(value, -1) for value in as_text(column)], dtype=np.int64)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    codes: NDArray[np.int64] = column.cast(pa.int64()).fill_null(-1).to_numpy()
+    return codes
 
 
 def _renamed(names: list[str], given: ClassNames, what: str) -> tuple[NDArray[np.int64], list[str]]:

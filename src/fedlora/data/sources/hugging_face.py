@@ -18,7 +18,7 @@ from fedlora.data.sources.hub import is_local, open_data_set
 from fedlora.data.sources.hub_columns import label_column, picture_column, scalar_columns
 from fedlora.data.sources.hub_rows import SplitRows
 from fedlora.data.sources.shards import Shards
-from fedlora.data.sources.table_columns import find_optional, further_columns
+from fedlora.data.sources.table_columns import find_optional, further_columns, sites_of
 from fedlora.data.templates import DEFAULT_TEMPLATES
 from fedlora.errors import FedloraError
 
@@ -222,7 +222,7 @@ class HuggingFaceImages(ImageSource):
             labels=labels,
             split=np.repeat(splits, [len(part) for part in rows.parts.values()]),
             keys=rows.keys,
-            site=None if site is None else rows.column(site).filled("a site"),
+            site=None if site is None else sites_of(rows.column(site)),
             columns=further_columns({name: rows.column(name).values for name in others}),
             stamps=rows.stamps(pictures),
         )

@@ -27,6 +27,7 @@ from fedlora.data.sources.table_columns import (
     find_optional,
     further_columns,
     labels_of,
+    sites_of,
     splits_of,
 )
 from fedlora.data.sources.text_table import TextTable, read_table
@@ -70,10 +71,11 @@ class Manifest(ImageSource):
         a/0001.jpg,nv,paris,train,41
         a/0002.jpg,mel,rome,test,67
 
-    **The file** is CSV with commas, semicolons or tabs (the header tells), in UTF-8 and with the
-    usual quotes; or parquet, told by its first bytes. Empty lines are passed over, columns without
-    a name too. Messages name the row as a spreadsheet counts it: the header is row 1, and a row
-    with line breaks inside of quotes is one row. Rows of parquet count from 1.
+    **The file** is CSV with commas, semicolons or tabs (the header tells, or Excel's line ``sep=;``
+    before it), in UTF-8 and with the usual quotes; or parquet, told by its first bytes. Empty lines
+    are passed over, columns without a name too. Messages name the row as a spreadsheet counts it:
+    the first line is row 1, and a row with line breaks inside of quotes is one row. Rows of parquet
+    count from 1.
 
     **Paths** count from ``root``; absolute ones are used as they are, ``~`` is the home folder and
     a backslash is a slash. No picture may be listed twice. One that is not there is reported by
@@ -205,7 +207,7 @@ class Manifest(ImageSource):
         root = existing_folder(self._root_as_written())
         keys = _keys(text.column(paths), root, self._root_as_written())
         splits = None if split is None else splits_of(text.column(split))
-        sites = None if site is None else text.column(site).filled("a site")
+        sites = None if site is None else sites_of(text.column(site))
         labels, class_names = labels_of(text.column(label), self._given)
         table = ImageTable(
             labels=labels,
@@ -236,7 +238,7 @@ class Manifest(ImageSource):
 
 def _keys(column: Column, root: Path, root_as_written: Path) -> list[str]:
     """What each picture is called: its path below the root, or in full where it lies elsewhere."""
-    column.filled("a path")
+    column.check_filled("a path")
     # An absolute path may begin with the root as the user wrote it, which may be a link.
     ways = {f"{str(way).rstrip('/')}/" for way in (root, root_as_written.absolute())}
     roots = sorted(ways, key=len, reverse=True)  # one may lie in the other

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.data.sources.files_on_disk import stamps
-from fedlora.data.sources.shards import Shards, by_block, is_text, starts
+from fedlora.data.sources.shards import Shards, by_block, check_schemas, is_text, starts
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class ParquetShards(Shards):
         folder: from which relative paths of pictures count.
 
     Raises:
-        FedloraError: if a file lacks a column.
+        FedloraError: if a file's columns are others.
     """
 
     def __init__(self, files: Sequence[Path], features: Features, folder: Path) -> None:
@@ -43,13 +43,7 @@ class ParquetShards(Shards):
         super().__init__(features, folder)
         self._paths = files
         self._files = [pq.ParquetFile(path, memory_map=True) for path in files]
-        for path, file in zip(files, self._files, strict=True):
-            missing = [name for name in features if name not in file.schema_arrow.names]
-            if missing:
-                raise FedloraError(
-                    f"{path} has no column {missing[0]!r}, unlike the data set's first file or "
-                    "what its README.md says. Give all files the same columns."
-                )
+        check_schemas(files, [file.schema_arrow for file in self._files], features)
         self._groups = [
             (file, group) for file in self._files for group in range(file.metadata.num_row_groups)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.data.decode import BadImageError
+from fedlora.data.sources.classes import listed
 from fedlora.data.sources.files_on_disk import stamp, stamps
+from fedlora.data.sources.hub_columns import names_of
+from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -162,6 +165,45 @@ def by_block(
         for place, value in zip(places.tolist(), taken, strict=True):
             values[place] = value
     return values
+
+
+def check_schemas(paths: Sequence[Path], schemas: Sequence[pa.Schema], features: Features) -> None:
+    """Refuse files whose columns do not fit together.
+
+    Args:
+        paths: of the files.
+        schemas: of each.
+        features: the columns that all must have.
+
+    Raises:
+        FedloraError: for a column that is missing or there twice, and where numbers stand for other
+            classes in one file than in another.
+    """
+    classes: dict[str, list[str]] = {}
+    for path, schema in zip(paths, schemas, strict=True):
+        own = _noted(schema)
+        for name in features:
+            count = schema.names.count(name)
+            if count != 1:
+                has = f"{count} columns called" if count else "no column"
+                raise FedloraError(
+                    f"{path} has {has} {name!r}, unlike the data set's first file or what its "
+                    "README.md says. Give all files the same columns."
+                )
+            names = names_of(own.get(name))
+            if names and names != classes.setdefault(name, names):
+                raise FedloraError(
+                    f"{path}: column {name!r} has the classes {listed(names)}, other files have "
+                    f"{listed(classes[name])}. Give all files the same, in the same order."
+                )
+
+
+def _noted(schema: pa.Schema) -> Mapping[str, Any]:
+    """The columns of a file as ``datasets`` noted them in it; empty where others wrote it."""
+    from datasets import Features
+
+    is_noted = b"huggingface" in (schema.metadata or {})
+    return Features.from_arrow_schema(schema) if is_noted else {}
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ ONE_LABEL = "One label per picture: fedlora is for single-label classification."
 
 # Longer text is no group to divide by, and as an array it would take this times four bytes a row.
 _LONGEST_TEXT = 100
+
+# What is written where a value is missing: nothing, or how pandas spells that as text.
+_NO_VALUE = frozenset(["", "nan", "NaN", "<NA>", "NaT"])
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 # Not what float() takes: "1_000" and "nan" are names, "007" is a code.
@@ -42,16 +46,18 @@ class Column:
         """An error that names the row and the column."""
         return FedloraError(f"{self.where(position)}, column {self.name!r}: {what}")
 
-    def filled(self, what: str) -> NDArray[np.str_]:
-        """The values, of which none is empty.
+    def check_filled(self, what: str, instead: str = "") -> None:
+        """Refuse a missing value: an empty one, or "nan" and the like.
 
         Raises:
-            FedloraError: if one is; names the first such row and ``what`` it lacks.
+            FedloraError: names the first such row, ``what`` it lacks and what to do ``instead`` of
+                filling it in.
         """
-        if not all(self.values):
-            position = next(i for i, value in enumerate(self.values) if not value)
-            raise self.error(position, f"empty, but every picture needs {what}. Fill it in.")
-        return np.array(self.values, dtype=np.str_)
+        if _NO_VALUE.isdisjoint(self.values):
+            return
+        position = next(i for i, value in enumerate(self.values) if value in _NO_VALUE)
+        got = repr(self.values[position]) if self.values[position] else "empty"
+        raise self.error(position, f"{got}, but every picture needs {what}. Fill it in{instead}.")
 
 
 def find_column(name: str, present: Sequence[str], option: str, table: str) -> str:
@@ -98,26 +104,50 @@ def labels_of(column: Column, given: ClassNames) -> tuple[NDArray[np.int64], lis
         (n,) int64, and the class names in their order.
 
     Raises:
-        FedloraError: for an empty value or one that is out of range, with its row, and as
-            ``label_rows``.
+        FedloraError: for a missing value, one that is out of range or one that could be a position
+            as well as a name, with its row, and as ``label_rows``.
     """
-    column.filled("a label")
+    column.check_filled("a label")
     what = f"value of column {column.name!r}"
     if not isinstance(given, list) or all(map(_INTEGER.fullmatch, given)):
         return label_rows(column.values, given, what)
     found = set(column.values)
     if not all(map(_INTEGER.fullmatch, found)):
         return label_rows(column.values, given, what)
+    _check_positions(column, found, given)
     _, names = label_rows(given, given, what)
+    return np.array([int(value) for value in column.values], dtype=np.int64), names
+
+
+def _check_positions(column: Column, found: Iterable[str], names: list[str]) -> None:
+    """Refuse labels that are no positions in a list, or could be one of its names as well."""
     for value in found:
-        if not 0 <= int(value) < len(names):
+        position = int(value)
+        if not 0 <= position < len(names):
             raise column.error(
                 column.values.index(value),
                 f"the label must be between 0 and {len(names) - 1}, a position in "
                 f"data.source.class_names ({len(names)} names), got {value}. Add a name, or mend "
                 "the label.",
             )
-    return np.array([int(value) for value in column.values], dtype=np.int64), names
+        if value in names and names[position] != value:
+            raise column.error(
+                column.values.index(value),
+                f"the label {value} is a position in data.source.class_names, that of "
+                f"{names[position]!r}, and one of the names in it, too. Write a dict there, "
+                f"{{{value}: its name, ...}}.",
+            )
+
+
+def sites_of(column: Column) -> NDArray[np.str_]:
+    """Who recorded each picture, (n,); "é" in one character and in two is the same (NFC).
+
+    Raises:
+        FedloraError: where a value is missing, with its row.
+    """
+    column.check_filled("a site", ", or set data.source.site_column to another column")
+    names = {name: unicodedata.normalize("NFC", name) for name in set(column.values)}
+    return np.array([names[name] for name in column.values], dtype=np.str_)
 
 
 def splits_of(column: Column) -> NDArray[np.str_]:

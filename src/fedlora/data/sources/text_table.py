@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _DELIMITERS = (",", ";", "\t")
+# What Excel writes and reads before the header.
+_TOLD = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
 # Rows that are turned into columns at a time: so few that they are gone again before Python's
 # garbage collector looks through them, which costs ten times more than to read them.
 _CHUNK = 200
@@ -111,10 +114,14 @@ def _check_signature(path: Path, head: bytes) -> None:
 def _read_csv(path: Path, wanted: Sequence[str]) -> TextTable:
     # What is no UTF-8 becomes lone surrogates, which are found later together with their row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        delimiter = _delimiter(file, wanted)
+        told = _TOLD.fullmatch(file.readline())
+        file.seek(0)
+        delimiter = told[1] if told else _delimiter(file, wanted)
         file.seek(0)
         records = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=True)
         numbered = enumerate(_clear(records, path), 1)
+        if told:
+            next(numbered)
         header = _header(path, next((row for row in numbered if any(row[1])), (1, [])))
         columns: list[list[str]] = [[] for _ in header]
         rows: list[int] = []
@@ -166,13 +173,17 @@ def _header(path: Path, first: tuple[int, list[str]]) -> list[str]:
         raise FedloraError(f"data.source.path: {path} is empty. Check how it was made.")
     names = [name.strip() for name in record]
     _check_text(Column("header", names, partial(_where, path, [row] * len(names))))
+    _check_distinct(path, names)
+    return names
+
+
+def _check_distinct(path: Path, names: Sequence[str]) -> None:
     for i, name in enumerate(names):
         if name and name in names[:i]:
             raise FedloraError(
                 f"{path} has two columns called {name!r} (columns {names.index(name) + 1} and "
                 f"{i + 1}). Rename one."
             )
-    return names
 
 
 def _whole(
@@ -217,6 +228,7 @@ def _read_parquet(path: Path, wanted: Sequence[str]) -> TextTable:
     try:
         file = pq.ParquetFile(path)
         schema = file.schema_arrow
+        _check_distinct(path, schema.names)
         for name in set(wanted) & set(schema.names):
             _check_type(path, name, schema.field(name).type)
         names = [field.name for field in schema if is_plain(field.type)]
