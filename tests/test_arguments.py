@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.arguments import complete, explain, find_config
+from fedlora.arguments import complete, find_config
 from fedlora.errors import FedloraError
+from fedlora.explain import explain
 
 
 def union(key: str, members: str, given: str) -> Exception:

@@ -84,7 +84,7 @@ def test_odd_pictures_are_read_or_listed() -> None:
     assert set(skipped) == expected
     assert all(skipped.values())
     about = Path("runs/version_0/fedlora.log").read_text()
-    assert f"{len(expected)} unreadable ones left out" in about
+    assert f"{len(expected)} unreadable, left out" in about
 
 
 def is_refused(odd: OddPicture) -> bool:

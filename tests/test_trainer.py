@@ -397,7 +397,7 @@ def test_validate_test_and_predict_read_a_checkpoint(
     assert trainer.test(make_model(), make_data(), str(folder))["test/acc"] == summary["test/acc"]
     table = rows(trainer.predict(make_model(), make_data(), "last"))
     assert len(table) == len({row["index"] for row in table}) == 359
-    assert list(table[0]) == ["index", "picture", "label", "probability"]
+    assert list(table[0]) == ["index", "picture", "label", "probability", "truth"]
     index = torch.tensor([int(row["index"]) for row in table])
     assert [row["picture"] for row in table] == trainer.datamodule.keys(index)
 

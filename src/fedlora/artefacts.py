@@ -99,21 +99,23 @@ def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
     """Write a row for every picture to predict; returns how many.
 
     ``index``: its row in the source; ``picture``: what the source calls it; ``label``: the class
-    predicted; ``probability``: that of this class.
+    predicted; ``probability``: that of this class; ``truth``: the class that it has.
     """
     module = trainer.lightning_module
     names = trainer.datamodule.class_names
     module.eval()
 
-    def rows() -> Iterator[tuple[int, str, str, float]]:
+    def rows() -> Iterator[tuple[int, str, str, float, str]]:
         for number, batch in enumerate(
             batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())
         ):
             with trainer.fabric.autocast():
                 out = module.predict_step(batch, number)
             index, best = out["index"].cpu(), out["probs"].max(1)
-            columns = index, trainer.datamodule.keys(index), best.indices, best.values
-            for row, key, label, value in zip(*columns, strict=True):
-                yield int(row), key, names[int(label)], round(float(value), 6)
+            keys, truths = trainer.datamodule.keys(index), batch["label"]
+            columns = index, keys, best.indices, best.values, truths
+            for row, key, label, value, truth in zip(*columns, strict=True):
+                probability = round(float(value), 6)
+                yield int(row), key, names[int(label)], probability, names[int(truth)]
 
-    return write_csv(path, ("index", "picture", "label", "probability"), rows())
+    return write_csv(path, ("index", "picture", "label", "probability", "truth"), rows())

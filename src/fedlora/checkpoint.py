@@ -36,6 +36,8 @@ FREE = (
     "config",
     "quiet",
 )
+# What is said of values that tell a reader nothing.
+_SAID = {"pictures_sha256": "pictures were added, taken out or renamed, or are other clients'"}
 PACKAGES = ("lightning", "torch", "peft", "transformers", "torchmetrics", "jsonargparse")
 
 
@@ -177,7 +179,8 @@ def differences(saved: Mapping[str, Any] | None, now: Mapping[str, Any] | None) 
     old, new = dict(_flat(saved)), dict(_flat(now))
     keys = sorted(key for key in old.keys() | new.keys() if not _is_free(key))
     return [
-        f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
+        _SAID.get(key)
+        or f"{key}: {_short(old.get(key, 'absent'))} -> {_short(new.get(key, 'absent'))}"
         for key in keys
         if old.get(key, "absent") != new.get(key, "absent")
     ]

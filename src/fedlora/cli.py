@@ -11,10 +11,11 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from fedlora.arguments import TOOLS, complete, explain, known_names
+from fedlora.arguments import TOOLS, complete
 from fedlora.data.datamodule import FederatedDataModule
 from fedlora.data.partition import link_partitioner
 from fedlora.errors import UsageError
+from fedlora.explain import explain, known_names
 from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.trainer import FederatedTrainer
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from fedlora.callbacks.progress import Progress
     from fedlora.modules.metrics import ClassScores
 
-OF_RUN = "per_class.csv"  # of the final model, written at the end of a run
-OF_TEST = "test_per_class.csv"  # of the command: another checkpoint's, perhaps, or other data's
+# Of the command, beside a run's own: it may be of another checkpoint, or of other data.
+OF_TEST = "test_per_class.csv"
 SHOWN = 30
 
 

@@ -32,6 +32,7 @@ class RunFolder:
     adapter = property(lambda self: self.path / "adapter")
     summary = property(lambda self: self.path / "summary.json")
     predictions = property(lambda self: self.path / "predictions.csv")
+    per_class = property(lambda self: self.path / "per_class.csv")
     skipped = property(lambda self: self.path / "skipped.csv")
     log = property(lambda self: self.path / "fedlora.log")
 
@@ -59,7 +60,7 @@ class RunFolder:
                 return cls(path)
 
     @classmethod
-    def newest(cls, root: Path) -> RunFolder:
+    def newest(cls, root: Path, ckpt_path: str = "last") -> RunFolder:
         """The newest run under ``root`` that got as far as writing its config.
 
         Raises:
@@ -70,8 +71,8 @@ class RunFolder:
             if folder.config.exists():
                 return folder
         raise CheckpointError(
-            f"ckpt_path 'last': there is no run under {root}. Start one with fit --config FILE, or "
-            "give --trainer.default_root_dir or the path of a run folder."
+            f"ckpt_path {ckpt_path!r}: there is no run under {root}. Start one with fit --config "
+            "FILE, or give --trainer.default_root_dir or the path of a run folder."
         )
 
     @classmethod
@@ -86,7 +87,7 @@ class RunFolder:
             CheckpointError: when there is no such run.
         """
         if ckpt_path in ("last", "best"):
-            return cls.newest(root), ckpt_path
+            return cls.newest(root, ckpt_path), ckpt_path
         path = expand(ckpt_path, "ckpt_path")
         if (path / "checkpoints").is_dir():
             return cls(path), "last"

@@ -6,17 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fedlora import artefacts, checkpoint, per_class
-from fedlora.engines.evaluate import evaluate_split
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
@@ -27,7 +24,6 @@ from fedlora.sampling import derive_seed
 from fedlora.state import AdapterState, Client, ServerState
 
 if TYPE_CHECKING:
-    from fedlora.modules.metrics import Scores
     from fedlora.trainer import FederatedTrainer
 
 T = TypeVar("T")
@@ -210,10 +206,10 @@ def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:
     trainer.call("on_test_end")
     if scores.classes:
         names = trainer.datamodule.class_names
-        per_class.write(rounds.run.path / per_class.OF_RUN, names, scores.classes)
+        per_class.write(rounds.run.per_class, names, scores.classes)
     personal = artefacts.export_personal(rounds)
     for logger in trainer.loggers:
-        logger.log_metrics(_defined(scores), step=trainer.server.round_idx)
+        logger.log_metrics(scores.defined(), step=trainer.server.round_idx)
         logger.finalize("success")
     # Last: a run that has its summary is a finished one.
     summary = artefacts.write_summary(rounds, scores.values)
@@ -228,52 +224,6 @@ def _make_loggers(trainer: FederatedTrainer, run: RunFolder) -> list[Logger]:
 
         return [TensorBoardLogger(run.path, name="tensorboard", version="")]
     return list(trainer.logger) if isinstance(trainer.logger, Iterable) else [trainer.logger]
-
-
-def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> RunFolder | None:
-    """Load a checkpoint's adapter into the model; None leaves it untrained."""
-    if ckpt_path is None:
-        return None
-    run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
-    saved = checkpoint.load(run.checkpoint(which))
-    if trainer.lightning_module.lora is None:
-        raise FedloraError("the model is not built yet.")
-    checkpoint.check_classes(saved, trainer.datamodule.class_names)
-    trainer.lightning_module.lora.load(saved.server.adapter)
-    return run
-
-
-def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
-    """Write the predictions beside the checkpoint, or under the root without one."""
-    run = load_for_evaluation(trainer, ckpt_path)
-    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = artefacts.write_predictions(trainer, path)
-    trainer.progress.say(f"{count} predictions are in {path}")
-    return path
-
-
-def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
-    """Metrics of the split that the trainer's stage names; of the test split each class's too."""
-    run = load_for_evaluation(trainer, ckpt_path)
-    model, data = trainer.lightning_module, trainer.datamodule
-    testing = trainer.state.fn == TrainerFn.TESTING
-    trainer.call(f"on_{'test' if testing else 'validation'}_start")
-    split: Literal["val", "test"] = "test" if testing else "val"
-    scores = evaluate_split(trainer.fabric, model, data, split, per_class=testing)
-    values = _defined(scores)
-    trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
-    trainer.call(f"on_{'test' if testing else 'validation'}_end")
-    trainer.progress.table({name: values.get(name, "not defined") for name in scores.values})
-    if scores.classes:
-        path = (run.path if run else trainer.default_root_dir) / per_class.OF_TEST
-        per_class.write(path, data.class_names, scores.classes)
-        per_class.show(trainer.progress, data.class_names, scores.classes, path)
-    return values
-
-
-def _defined(scores: Scores) -> dict[str, float]:
-    return {name: value for name, value in scores.values.items() if value is not None}
 
 
 def device_type(accelerator: str) -> str:

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from fedlora import session
+from fedlora import evaluation, session
 from fedlora.callbacks.averaging import AdapterAveraging
 from fedlora.callbacks.checkpoint import RoundCheckpoint
 from fedlora.callbacks.progress import Progress, ProgressMode
@@ -194,7 +194,7 @@ class FederatedTrainer:
     ) -> dict[str, float]:
         """Evaluate on the server's validation split; without ``ckpt_path`` the untrained model."""
         self._begin(TrainerFn.VALIDATING, model, datamodule, ckpt_path)
-        return session.launch(self, lambda: session.evaluated(self, ckpt_path))
+        return session.launch(self, lambda: evaluation.evaluated(self, ckpt_path))
 
     def test(
         self,
@@ -204,7 +204,7 @@ class FederatedTrainer:
     ) -> dict[str, float]:
         """Evaluate on the test split; without ``ckpt_path`` the untrained model."""
         self._begin(TrainerFn.TESTING, model, datamodule, ckpt_path)
-        return session.launch(self, lambda: session.evaluated(self, ckpt_path))
+        return session.launch(self, lambda: evaluation.evaluated(self, ckpt_path))
 
     def predict(
         self,
@@ -214,7 +214,7 @@ class FederatedTrainer:
     ) -> Path:
         """Write predictions of the test pictures as CSV beside the checkpoint; returns where."""
         self._begin(TrainerFn.PREDICTING, model, datamodule, ckpt_path)
-        return session.launch(self, lambda: session.predict(self, ckpt_path))
+        return session.launch(self, lambda: evaluation.predict(self, ckpt_path))
 
     def _begin(
         self,

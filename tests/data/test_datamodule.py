@@ -436,7 +436,7 @@ def test_a_picture_that_cannot_be_read():
     rows += indices(data.val_dataloader())
     rows += [i for c in data.clients() for i in indices(data.client_val_batches(c))]
     assert sorted(rows) == [i for i in range(60) if i not in (4, 30)]
-    assert "2 unreadable ones left out" in data.holdings.summary()
+    assert "2 unreadable, left out" in data.holdings.summary()
 
 
 def test_who_gets_what_without_pictures():

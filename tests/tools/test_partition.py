@@ -69,6 +69,7 @@ def test_skew_by_hand() -> None:
                 val=none,
                 test=none,
                 idle=0,
+                unusable=0,
             )
             return SimpleNamespace(labels=labels), division
 

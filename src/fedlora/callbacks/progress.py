@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ProgressMode = Literal["auto", "rich", "plain", "off"]
 log = logging.getLogger("fedlora")
+LINE_S = 10.0
 REFRESH_S = 0.25  # reading a loss waits for the device, so the display looks at it rarely
 
 
@@ -65,12 +66,12 @@ class Progress(FederatedCallback):
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A bar of its own, for work before the rounds; nothing where there is no live display.
+        """A bar of its own, for work before the rounds; a line now and then where there is none.
 
         Gives a function to call with the number of further steps done.
         """
         if not self.live:
-            yield lambda _: None
+            yield self._lines(what, total)
             return
         from rich import progress
 
@@ -84,6 +85,18 @@ class Progress(FederatedCallback):
         ) as bar:
             task = bar.add_task(what, total=total)
             yield lambda steps: bar.advance(task, steps)
+
+    def _lines(self, what: str, total: int) -> Callable[[int], None]:
+        done, said = 0, time.perf_counter()
+
+        def advance(steps: int) -> None:
+            nonlocal done, said
+            done += steps
+            if time.perf_counter() - said > LINE_S:
+                said = time.perf_counter()
+                self.say(f"{what}: {done:,} of {total:,}")
+
+        return advance
 
     def table(self, values: Mapping[str, Any], title: str = "") -> None:
         """Names and values in two columns."""
@@ -121,6 +134,7 @@ class Progress(FederatedCallback):
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
                 "traffic per client and round": f"{readable(travels)} each way",
+                "data": trainer.datamodule.source.summary(),
                 "pictures": trainer.datamodule.holdings.summary(),
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
                 f"(median {sizes[len(sizes) // 2]})",
@@ -158,8 +172,8 @@ class Progress(FederatedCallback):
             "metrics": str(run.metrics),
             "checkpoints": str(run.path / "checkpoints"),
         }
-        if (run.path / "per_class.csv").exists():
-            shown["classes"] = str(run.path / "per_class.csv")
+        if run.per_class.exists():
+            shown["classes"] = str(run.per_class)
         if personal:
             shown["personal adapters"] = f"{personal} in {run.path / 'adapters'}"
         self.table(shown, title="done")

@@ -100,7 +100,7 @@ class FederatedDataModule(LightningDataModule):
         }
         for name, (value, least) in sizes.items():
             if value is not None and not value >= least:
-                raise FedloraError(f"{name} must be at least {least}, got {value}.")
+                raise FedloraError(f"data.{name} must be at least {least}, got {value}.")
         fractions = {
             "test_fraction": test_fraction,
             "val_fraction": val_fraction,
@@ -108,7 +108,9 @@ class FederatedDataModule(LightningDataModule):
         }
         for name, fraction in fractions.items():
             if not 0 <= fraction < 1:
-                raise FedloraError(f"{name} must be at least 0 and less than 1, got {fraction}.")
+                raise FedloraError(
+                    f"data.{name} must be at least 0 and less than 1, got {fraction}."
+                )
         if partitioner is not None and num_clients is not None:
             # The public property needs the data for some partitioners; setup() asks it again.
             declared = getattr(partitioner, "_num_partitions", None)
@@ -189,8 +191,14 @@ class FederatedDataModule(LightningDataModule):
             limit_gb=self.cache_gb,
             reporter=getattr(self.trainer, "progress", None),
         )
-        if images.bad and self.on_bad_image == "error":
+        if images.bad:
             row, why = min(images.bad.items())
+        if len(images.bad) == len(table):
+            raise FedloraError(
+                f"none of the {len(table):,} pictures can be read; {table.keys[row]}: {why}. Check "
+                "where data.source points."
+            )
+        if images.bad and self.on_bad_image == "error":
             others = f" and {len(images.bad) - 1} more" if len(images.bad) > 1 else ""
             raise FedloraError(
                 f"cannot read the picture {table.keys[row]}{others}: {why}. Mend or remove it, or "

@@ -31,7 +31,9 @@ class Division:
         val: the server's validation split.
         test: the test split.
         names: per client, its site; empty strings where clients are not sites.
-        idle: training rows that the partitioner gave to nobody or ``n_shots`` left over.
+        idle: rows in no part: the partitioner gave them to nobody, ``n_shots`` left them over, or
+            they are for testing at a site that is not held out where others are.
+        unusable: rows that were left out beforehand.
     """
 
     train: tuple[Rows, ...]
@@ -40,6 +42,7 @@ class Division:
     test: Rows
     names: tuple[str, ...]
     idle: int = 0
+    unusable: int = 0
 
 
 def divide(
@@ -116,8 +119,9 @@ def divide(
         train.append(_first_of_each(table.labels, shuffled[~held], n_shots))
         client_val.append(shuffled[held])
     names = client_names(table, clients, partitioner)
-    idle = len(pool) - sum(map(len, (*train, *client_val)))
-    return Division(tuple(train), tuple(client_val), val, test, names, idle)
+    idle = len(order) - sum(map(len, (*train, *client_val, val, test)))
+    unusable = len(table) - len(order)
+    return Division(tuple(train), tuple(client_val), val, test, names, idle, unusable)
 
 
 def stratified(labels: Rows, fraction: float, keep: int = 0, keep_each: int = 0) -> Mask:
@@ -196,13 +200,19 @@ def _no_such_site(table: ImageTable, name: str) -> str:
 
     sites = [] if table.site is None else np.unique(table.site).tolist()
     close = difflib.get_close_matches(name, sites, n=1)
-    there = f"the sites {', '.join(sites[:20])}{' …' * (len(sites) > 20)}" if sites else "no sites"
-    columns = ", ".join(f"{column}=…" for column in table.columns)
+    there = [f"the sites {_some(sites)}"] if sites else []
+    there += [
+        f"{column}={_some(np.unique(values).tolist())}" for column, values in table.columns.items()
+    ]
     return (
-        f"data.hold_out names '{name}' but no picture is of it: there are {there}"
-        f"{f', and the columns {columns}' if columns else ''}."
-        + (f" Did you mean '{close[0]}'?" if close else " Name one of them.")
+        f"data.hold_out names '{name}' but no picture is of it: there are "
+        f"{'; '.join(there) or 'no sites and no other columns'}."
+        + (f" Did you mean '{close[0]}'?" if close else " Name one of them." * bool(there))
     )
+
+
+def _some(names: Sequence[object]) -> str:
+    return f"{', '.join(map(str, names[:8]))}{' …' * (len(names) > 8)}"
 
 
 def _check_classes(

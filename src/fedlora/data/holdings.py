@@ -91,8 +91,7 @@ class Holdings:
             f"{len(parts.val):,} at the server, {len(parts.test):,} to test"
         )
         text += f"; {parts.idle:,} with nobody" if parts.idle else ""
-        bad = len(self.images.bad)
-        return text + (f"; {bad:,} unreadable ones left out" if bad else "")
+        return text + (f"; {parts.unusable:,} unreadable, left out" if parts.unusable else "")
 
 
 def check_labels(table: ImageTable, num_classes: int) -> None:

@@ -58,7 +58,7 @@ def check_num_partitions(partitioner: Partitioner, num_clients: int, count: int 
     """
     if count is not None and count != num_clients:
         raise FedloraError(
-            f"num_clients is {num_clients} but {type(partitioner).__name__} makes {count} "
+            f"data.num_clients is {num_clients} but {type(partitioner).__name__} makes {count} "
             f"partitions (num_partitions={count}). Set both to the same number, for example "
             f"num_clients={count}."
         )
@@ -85,8 +85,12 @@ def partition(
     """
     from datasets import Dataset
 
+    if partitioner is None and table.site is not None:
+        # NaturalIdPartitioner gives the same, and takes seconds for it.
+        return _by_site(table.site[pool], pool, num_clients)
     if partitioner is None:
-        partitioner, num_clients = _choose(table, pool, num_clients, seed)
+        num_clients = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
+        partitioner = default_partitioner(max(min(num_clients, len(pool)), 1), len(pool), seed)
     if num_clients is not None and num_clients > len(pool):
         raise FedloraError(_too_many(num_clients, len(pool)))
     columns: dict[str, Any] = {"row": pool.tolist(), "label": table.labels[pool].tolist()}
@@ -118,18 +122,9 @@ def partition(
     return parts
 
 
-def _choose(
-    table: ImageTable, pool: Rows, num_clients: int | None, seed: int
-) -> tuple[Partitioner, int]:
-    """One client per site where there are sites; else label skew."""
-    from flwr_datasets.partitioner import NaturalIdPartitioner
-
-    if table.site is None:
-        count = DEFAULT_NUM_CLIENTS if num_clients is None else num_clients
-        if count > len(pool):
-            raise FedloraError(_too_many(count, len(pool)))
-        return default_partitioner(count, len(pool), seed), count
-    sites = np.unique(table.site[pool])
+def _by_site(site: NDArray[np.str_], pool: Rows, num_clients: int | None) -> list[Rows]:
+    """One client per site, in the order of their names."""
+    sites = np.unique(site)
     if len(sites) == 1 and num_clients != 1:
         raise FedloraError(
             f"all training pictures are of one site, '{sites[0]}': there is nobody to train with. "
@@ -138,22 +133,27 @@ def _choose(
         )
     if num_clients not in (None, len(sites)):
         raise FedloraError(
-            f"num_clients is {num_clients} but the training pictures are of {len(sites)} sites. "
-            "Leave num_clients out for one client per site, or divide the pictures anew, for "
+            f"data.num_clients is {num_clients} but the training pictures are of {len(sites)} "
+            "sites. Leave it out for one client per site, or divide the pictures anew, for "
             "example with data.partitioner=IidPartitioner."
         )
-    return NaturalIdPartitioner("site"), len(sites)
+    return [pool[site == name] for name in sites]
 
 
 def _too_many(num_clients: int, pictures: int) -> str:
+    default = ", the default" if num_clients == DEFAULT_NUM_CLIENTS else ""
     return (
-        f"num_clients must be at most {pictures} (the number of training pictures), "
-        f"got {num_clients}. Lower it or add pictures."
+        f"data.num_clients must be at most {pictures} (the number of training pictures), "
+        f"got {num_clients}{default}. Lower it or add pictures."
     )
 
 
 def _check_column(partitioner: Partitioner, columns: Mapping[str, Any]) -> None:
-    from flwr_datasets.partitioner import VerticalEvenPartitioner, VerticalSizePartitioner
+    from flwr_datasets.partitioner import (
+        NaturalIdPartitioner,
+        VerticalEvenPartitioner,
+        VerticalSizePartitioner,
+    )
 
     if isinstance(partitioner, VerticalEvenPartitioner | VerticalSizePartitioner):
         raise FedloraError(
@@ -166,6 +166,12 @@ def _check_column(partitioner: Partitioner, columns: Mapping[str, Any]) -> None:
         raise FedloraError(
             f"partition_by of {type(partitioner).__name__} must be one of "
             f'{", ".join(allowed)} (the columns of this source), got "{column}".'
+        )
+    empty = isinstance(partitioner, NaturalIdPartitioner) and columns[str(column)].count("")
+    if empty:
+        raise FedloraError(
+            f"the column {column} is empty for {empty} of the training pictures: nobody knows "
+            "whose they are. Fill it in, or divide by another column."
         )
 
 

@@ -51,6 +51,10 @@ class Scores:
     values: Mapping[str, float | None]
     classes: Sequence[ClassScores] = ()
 
+    def defined(self) -> dict[str, float]:
+        """The figures that are defined."""
+        return {name: value for name, value in self.values.items() if value is not None}
+
 
 class ClassAUROC(Metric):
     """Area under the ROC curve of each class against all others: (classes,), NaN where undefined.

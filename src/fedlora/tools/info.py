@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from fedlora.arguments import TOOLS, complete, explain, known_names
+from fedlora.arguments import TOOLS, complete
 from fedlora.errors import FedloraError, UsageError
+from fedlora.explain import explain, known_names
 from fedlora.modules.config import LoRAConfig
 
 # No imports for type checkers only: jsonargparse would run them, and the help would wait for torch.

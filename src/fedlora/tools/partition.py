@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedlora.arguments import TOOLS, complete, explain, known_names
+from fedlora.arguments import TOOLS, complete
 from fedlora.errors import FedloraError, UsageError
+from fedlora.explain import explain, known_names
 from fedlora.files import expand, write_atomically
 from fedlora.tools.info import ANYTHING
 
@@ -34,8 +35,9 @@ def holdings(data: FederatedDataModule) -> dict[str, Any]:
     Returns:
         ``classes``: their names; ``clients``: per client ``id``, ``name``, ``train`` and ``val``
         (rows), ``counts`` (training rows of each class); ``val`` and ``test``: rows of each class
-        at the server; ``idle``: training rows that nobody got; ``skew``: mean over clients of the
-        total variation distance between a client's labels and the pool's (0: alike; 1: apart).
+        at the server; ``idle``: rows that nobody got; ``unreadable``: pictures left out; ``skew``:
+        mean over clients of the total variation distance between a client's labels and the pool's
+        (0: alike; 1: apart).
 
     Raises:
         FedloraError: when the pictures cannot be had or divided.
@@ -63,6 +65,7 @@ def holdings(data: FederatedDataModule) -> dict[str, Any]:
         "val": counted(division.val),
         "test": counted(division.test),
         "idle": division.idle,
+        "unreadable": division.unusable,
         "skew": float(skew.mean()),
     }
 
@@ -92,7 +95,9 @@ def _notes(held: Mapping[str, Any], clients: int, classes: int) -> Iterator[str]
         "total variation distance; 0 alike, 1 apart)."
     )
     if held["idle"]:
-        yield f"{held['idle']:,} training pictures are with nobody."
+        yield f"{held['idle']:,} pictures are with nobody."
+    if held["unreadable"]:
+        yield f"{held['unreadable']:,} pictures cannot be read and are left out."
 
 
 def _table(held: Mapping[str, Any]) -> Any:
@@ -142,7 +147,7 @@ def plot(held: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     counts = np.array([client["counts"] for client in held["clients"]])
-    labels = [client["name"] or str(client["id"]) for client in held["clients"]]
+    labels = [_drawn(client["name"]) or str(client["id"]) for client in held["clients"]]
     few = len(labels) <= 100
     figure = Figure(figsize=(9, min(max(3.0, 0.3 * len(labels)), 16)), layout="constrained")
     axes = figure.add_subplot()
@@ -160,13 +165,24 @@ def plot(held: Mapping[str, Any], path: Path) -> None:
         write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=150))
 
 
+def _drawn(name: str) -> str:
+    """A name as matplotlib draws it: no mathematics, and no legend is left out."""
+    return ("\u200b" * name.startswith("_")) + name.replace("$", r"\$")
+
+
 def _bars(axes: Any, counts: Any, names: Sequence[str]) -> None:
     from matplotlib import colormaps
 
     colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     left = np.zeros(len(counts))
     for label, name in enumerate(names):
-        axes.barh(range(len(counts)), counts[:, label], left=left, color=colours[label], label=name)
+        axes.barh(
+            range(len(counts)),
+            counts[:, label],
+            left=left,
+            color=colours[label],
+            label=_drawn(name),
+        )
         left += counts[:, label]
     axes.invert_yaxis()
     axes.set_xlabel("training pictures")
@@ -188,7 +204,7 @@ def run(args: Sequence[str]) -> None:
     parser = ArgumentParser("fedlora partition", allow_abbrev=False, exit_on_error=False)
     parser.description = TOOLS["partition"][1]
     parser.add_argument("-c", "--config", action="config", help="A config of fit; may be repeated.")
-    parser.add_argument("--seed_everything", type=int | bool | None, default=0, help="The seed.")
+    parser.add_argument("--seed_everything", type=int, default=0, help="The seed.")
     parser.add_class_arguments(FederatedDataModule, "data")
     link_partitioner(parser)
     parser.add_argument("--plot", type=str | None, help="Draw it too: a .png, .pdf or .svg file.")

@@ -160,8 +160,8 @@ class Builder:
         if self._reporter is not None:
             seconds = time.perf_counter() - began
             self._reporter.say(
-                f"read {len(rows):,} pictures in {seconds:.1f} s ({len(rows) / seconds:,.0f} a "
-                f"second) into {self._folder.shown}"
+                f"read {len(rows):,} picture{'s'[: len(rows) != 1]} in {seconds:.1f} s "
+                f"({len(rows) / seconds:,.0f} a second) into {self._folder.shown}"
             )
 
     def _chunks(self, pool: ThreadPoolExecutor, rows: list[int]) -> Iterator[_Chunk]:

@@ -88,7 +88,7 @@ def _open(
                 return opened(index)
         with working(place, reporter):
             store = Store(place, preprocess.size)
-            gone = table.stamps == MISSING
+            gone = np.asarray(table.stamps) == MISSING
             builder = Builder(source, preprocess, place, keys, gone, reporter)
             try:
                 builder.build(store, limit_gb * 1e9)

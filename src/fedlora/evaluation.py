@@ -1,0 +1,71 @@
+"""Validating, testing and predicting: with a checkpoint of a run, or the untrained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+
+from fedlora import artefacts, checkpoint, per_class
+from fedlora.engines.evaluate import evaluate_split
+from fedlora.errors import FedloraError
+from fedlora.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from fedlora.trainer import FederatedTrainer
+
+
+def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> RunFolder | None:
+    """Load a checkpoint's adapter into the model; None leaves it untrained."""
+    if ckpt_path is None:
+        trainer.progress.say("no ckpt_path: this is the model before any training.")
+        return None
+    run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
+    saved = checkpoint.load(run.checkpoint(which))
+    if trainer.lightning_module.lora is None:
+        raise FedloraError("the model is not built yet.")
+    checkpoint.check_classes(saved, trainer.datamodule.class_names)
+    if saved.identity.get("pictures_sha256") != trainer.datamodule.holdings.fingerprint():
+        trainer.progress.say(
+            f"the pictures, or their splits, are not those that {run.path} was trained with: some "
+            "of what follows may be of pictures that it was trained on."
+        )
+    trainer.lightning_module.lora.load(saved.server.adapter)
+    return run
+
+
+def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
+    """Write the predictions beside the checkpoint, or under the root without one."""
+    run = load_for_evaluation(trainer, ckpt_path)
+    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = artefacts.write_predictions(trainer, path)
+    trainer.progress.say(f"{count} predictions are in {path}")
+    return path
+
+
+def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
+    """Metrics of the split that the trainer's stage names; of the test split each class's too."""
+    run = load_for_evaluation(trainer, ckpt_path)
+    model, data = trainer.lightning_module, trainer.datamodule
+    testing = trainer.state.fn == TrainerFn.TESTING
+    trainer.call(f"on_{'test' if testing else 'validation'}_start")
+    split: Literal["val", "test"] = "test" if testing else "val"
+    scores = evaluate_split(trainer.fabric, model, data, split, per_class=testing)
+    if not scores.values:
+        where = "testing" if testing else "validation"
+        raise FedloraError(
+            f"there are no pictures for {where}. Set data.{split}_fraction above 0, or give the "
+            f"data a {split} split."
+        )
+    values = scores.defined()
+    trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
+    trainer.call(f"on_{'test' if testing else 'validation'}_end")
+    trainer.progress.table({name: values.get(name, "not defined") for name in scores.values})
+    if scores.classes:
+        path = (run.path if run else trainer.default_root_dir) / per_class.OF_TEST
+        per_class.write(path, data.class_names, scores.classes)
+        per_class.show(trainer.progress, data.class_names, scores.classes, path)
+    return values
