@@ -48,6 +48,15 @@ def test_sites_are_the_clients():
     assert division.idle == 0
 
 
+def test_sites_are_divided_as_by_the_library() -> None:
+    from flwr_datasets.partitioner import NaturalIdPartitioner
+
+    ours, theirs = run(table()), run(table(), partitioner=NaturalIdPartitioner("site"))
+    assert ours.names == theirs.names
+    for a, b in zip(ours.train, theirs.train, strict=True):
+        assert a.tolist() == b.tolist()
+
+
 def test_each_site_and_class_gives_its_part():
     of = table()
     division = run(of)
