@@ -116,7 +116,7 @@ class ImageSource(ABC):
 
     def summary(self) -> str:
         """One line for the user that says what was found, valid once ``prepare()`` has run."""
-        return f"{len(self.load()):,} pictures, {len(self.class_names):,} classes"
+        return f"{type(self).__name__}, {len(self.class_names):,} classes"
 
     @abstractmethod
     def load(self) -> ImageTable:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.data.decode import BadImageError, read_all
-from fedlora.data.sources.base import SPLITS, ImageSource, ImageTable
-from fedlora.data.sources.classes import check_class_names, did_you_mean, listed
+from fedlora.data.sources.base import SPLITS, ImageTable
+from fedlora.data.sources.classes import did_you_mean, listed
 from fedlora.data.sources.files_on_disk import full_path, printable
 from fedlora.data.sources.folder_layout import SPLIT_NAMES
 from fedlora.data.sources.hub import is_local, open_data_set
 from fedlora.data.sources.hub_columns import label_column, picture_column, scalar_columns
 from fedlora.data.sources.hub_rows import SplitRows
+from fedlora.data.sources.scanned import Found, ScannedSource
 from fedlora.data.sources.shards import Shards
 from fedlora.data.sources.table_columns import find_optional, further_columns, sites_of
-from fedlora.data.templates import DEFAULT_TEMPLATES
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -29,16 +29,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Found(Found):
     """What a look into the data set showed; ``pictures`` is the column of the pictures."""
 
     rows: SplitRows
     pictures: str
-    class_names: list[str]
-    table: ImageTable
 
 
-class HuggingFaceImages(ImageSource):
+class HuggingFaceImages(ScannedSource[_Found]):
     """Pictures of a data set of the Hugging Face hub, or in its files in a folder.
 
     .. code-block:: yaml
@@ -119,18 +117,7 @@ class HuggingFaceImages(ImageSource):
         self.site_column = site_column
         self.splits = _check_splits(splits)
         self.revision = revision
-        self._given = check_class_names(class_names)
-        self._seen: _Found | None = None
-        super().__init__(DEFAULT_TEMPLATES if templates is None else templates)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class names in the order of the labels; opens the data set if nobody has yet.
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return list(self._found.class_names)
+        super().__init__(class_names, templates)
 
     @property
     def place(self) -> str:
@@ -141,24 +128,6 @@ class HuggingFaceImages(ImageSource):
             where = f"hf://datasets/{self.name}@{self.revision or 'main'}"
         options = {"config": self.config, "image_column": self.image_column}
         return " ".join([where, *(f"{name}={value}" for name, value in options.items() if value)])
-
-    def prepare(self) -> None:
-        """Download the data set if need be, and open it, anew if it was done before.
-
-        Raises:
-            FedloraError: if it is not there, cannot be reached or read, a column cannot be found,
-                a row has no label, a split is unknown, ``class_names`` do not fit, or there are
-                fewer than two classes.
-        """
-        self._seen = self._look()
-
-    def load(self) -> ImageTable:
-        """One row per picture; its split and its number there are its key: "train/00000042".
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return self._found.table
 
     def read(self, rows: Sequence[int]) -> list[Tensor | BadImageError]:
         """Pictures (C, H, W), uint8, each of its own size."""
@@ -184,12 +153,6 @@ class HuggingFaceImages(ImageSource):
     def __getstate__(self) -> dict[str, Any]:
         """Another process opens the files itself."""
         return {**vars(self), "_seen": None}
-
-    @property
-    def _found(self) -> _Found:
-        if self._seen is None:
-            self._seen = self._look()
-        return self._seen
 
     def _look(self) -> _Found:
         import pyarrow as pa
@@ -226,7 +189,7 @@ class HuggingFaceImages(ImageSource):
             columns=further_columns({name: rows.column(name).values for name in others}),
             stamps=rows.stamps(pictures),
         )
-        return _Found(rows, pictures, class_names, table)
+        return _Found(class_names, table, rows, pictures)
 
     def _ours(self, shards: Mapping[str, Shards]) -> dict[str, str]:
         """The data set's splits that are used, and what they are to us."""

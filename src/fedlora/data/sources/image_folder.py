@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.data.decode import BadImageError, read_all
-from fedlora.data.sources.base import SPLITS, ImageSource, ImageTable
-from fedlora.data.sources.classes import check_class_names, label_rows
+from fedlora.data.sources.base import SPLITS, ImageTable
+from fedlora.data.sources.classes import label_rows
 from fedlora.data.sources.files_on_disk import (
     PICTURE_ENDINGS,
     PictureFolder,
@@ -23,7 +23,7 @@ from fedlora.data.sources.files_on_disk import (
     printable,
 )
 from fedlora.data.sources.folder_layout import Layout, check_layout, name_at, resolve_layout
-from fedlora.data.templates import DEFAULT_TEMPLATES
+from fedlora.data.sources.scanned import Found, ScannedSource
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Found(Found):
     """What a look through the folders showed.
 
     ``paths``: of each row, below ``root``, as the file system knows it.
@@ -39,12 +39,10 @@ class _Found:
 
     root: Path
     layout: str
-    class_names: list[str]
-    table: ImageTable
     paths: list[str]
 
 
-class ImageFolder(ImageSource):
+class ImageFolder(ScannedSource[_Found]):
     """Pictures in folders named after what they show, e.g. ``root/site/class/x.png``.
 
     .. code-block:: yaml
@@ -111,41 +109,12 @@ class ImageFolder(ImageSource):
         check_layout(layout)
         self.root = root
         self.layout = layout
-        self._given = check_class_names(class_names)
-        self._seen: _Found | None = None
-        super().__init__(DEFAULT_TEMPLATES if templates is None else templates)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class names in the order of the labels; looks through the folders if nobody has yet.
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return list(self._found.class_names)
+        super().__init__(class_names, templates)
 
     @property
     def place(self) -> str:
         """The full path of the folder."""
         return printable(str(full_path(self.root)))
-
-    def prepare(self) -> None:
-        """Look through the folders, anew if it was done before.
-
-        Raises:
-            FedloraError: if there is no such folder or no picture in it, a folder cannot be read,
-                the pictures do not lie as the layout says, ``class_names`` are not those of the
-                folders, or there are fewer than two classes.
-        """
-        self._seen = self._look()
-
-    def load(self) -> ImageTable:
-        """One row per picture: its path below ``root``, with "/", is its key.
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return self._found.table
 
     def read(self, rows: Sequence[int]) -> list[Tensor | BadImageError]:
         """Pictures (C, H, W), uint8, each of its own size."""
@@ -170,12 +139,6 @@ class ImageFolder(ImageSource):
         where = printable(str(found.root))
         return f"{pictures} in {where}, layout {found.layout}: {', '.join(parts)}"
 
-    @property
-    def _found(self) -> _Found:
-        if self._seen is None:
-            self._seen = self._look()
-        return self._seen
-
     def _look(self) -> _Found:
         root = existing_folder(self.root)
         folders, others = pictures_below(root)
@@ -197,7 +160,7 @@ class ImageFolder(ImageSource):
             site=_site(folders, layout, counts),
             stamps=np.array([mark for folder in folders for mark in folder.stamps]),
         )
-        return _Found(root, layout, class_names, table, paths)
+        return _Found(class_names, table, root, layout, paths)
 
 
 def _split(folders: list[PictureFolder], layout: str, counts: list[int]) -> NDArray[np.str_]:

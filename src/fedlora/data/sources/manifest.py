@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedlora.data.decode import BadImageError, read_all
-from fedlora.data.sources.base import SPLITS, ImageSource, ImageTable
-from fedlora.data.sources.classes import check_class_names
+from fedlora.data.sources.base import SPLITS, ImageTable
 from fedlora.data.sources.files_on_disk import (
     MISSING,
     existing_folder,
@@ -21,6 +20,7 @@ from fedlora.data.sources.files_on_disk import (
     printable,
     stamps,
 )
+from fedlora.data.sources.scanned import Found, ScannedSource
 from fedlora.data.sources.table_columns import (
     Column,
     find_column,
@@ -31,7 +31,6 @@ from fedlora.data.sources.table_columns import (
     splits_of,
 )
 from fedlora.data.sources.text_table import TextTable, read_table
-from fedlora.data.templates import DEFAULT_TEMPLATES
 from fedlora.errors import FedloraError
 from fedlora.files import expand
 
@@ -40,15 +39,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class _Found:
+class _Found(Found):
     """What a look at the table showed."""
 
     root: Path
-    class_names: list[str]
-    table: ImageTable
 
 
-class Manifest(ImageSource):
+class Manifest(ScannedSource[_Found]):
     """Pictures listed in a CSV or parquet file, one row each, with their labels.
 
     .. code-block:: yaml
@@ -131,41 +128,12 @@ class Manifest(ImageSource):
         self.label_column = label_column
         self.site_column = site_column
         self.split_column = split_column
-        self._given = check_class_names(class_names)
-        self._seen: _Found | None = None
-        super().__init__(DEFAULT_TEMPLATES if templates is None else templates)
-
-    @property
-    def class_names(self) -> list[str]:
-        """Class names in the order of the labels; reads the file if nobody has yet.
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return list(self._found.class_names)
+        super().__init__(class_names, templates)
 
     @property
     def place(self) -> str:
         """The full path of the root: tables of the same pictures share what is kept of them."""
         return printable(str(full_path(self._root_as_written())))
-
-    def prepare(self) -> None:
-        """Read the file and look for the pictures, anew if it was done before.
-
-        Raises:
-            FedloraError: if the file is not there or no table, a column is missing, a row is
-                broken, lacks its path or its label or has an unknown split, a picture is listed
-                twice, ``class_names`` do not fit the labels, or there are fewer than two classes.
-        """
-        self._seen = self._look()
-
-    def load(self) -> ImageTable:
-        """One row per picture, in the file's order; its path below ``root`` is its key.
-
-        Raises:
-            FedloraError: as :meth:`prepare`.
-        """
-        return self._found.table
 
     def read(self, rows: Sequence[int]) -> list[Tensor | BadImageError]:
         """Pictures (C, H, W), uint8, each of its own size."""
@@ -187,12 +155,6 @@ class Manifest(ImageSource):
         missing = np.count_nonzero(table.stamps == MISSING)
         parts += [f"{missing:,} not there"] if missing else []
         return f"{len(table):,} pictures listed in {self.path}: {', '.join(parts)}"
-
-    @property
-    def _found(self) -> _Found:
-        if self._seen is None:
-            self._seen = self._look()
-        return self._seen
 
     def _root_as_written(self) -> Path:
         if self.root is not None:
@@ -223,7 +185,7 @@ class Manifest(ImageSource):
             ),
             stamps=stamps([os.path.join(str(root), key) for key in keys]),  # noqa: PTH118  # a million
         )
-        return _Found(root, class_names, table)
+        return _Found(class_names, table, root)
 
     def _columns(self, text: TextTable) -> tuple[str, str, str | None, str | None]:
         """The names of the columns of paths, labels, sites and splits."""
