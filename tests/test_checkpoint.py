@@ -32,7 +32,7 @@ def content(round_idx=2):
     )
     history = ({"round": 0, "val/acc": None}, {"round": 1, "val/acc": 0.5})
     return Checkpoint(
-        ServerState(adapter, round_idx, {0: 1, 7: 2}, history, "early"),
+        ServerState(adapter, round_idx, {0: 1, 7: 2}, {0: 3}, history, "early"),
         rule={"class_path": "x.Rule", "state": {"momentum": {"fc1": torch.ones(2)}, "beta": 0.9}},
         callbacks={"Best": {"best_value": 0.5, "best_round": 1}},
         identity={"seed": 3, "class_names": ["a", "b"], "shapes": {"A/fc1": [2, 500]}},
@@ -84,7 +84,7 @@ def test_a_run_made_from_python_has_no_config(last):
 def test_what_the_file_holds(last):
     save(last, content())
     raw = torch.load(last, weights_only=True)
-    assert raw["format"] == 1
+    assert raw["format"] == 2
     assert raw["round_idx"] == 2
     assert raw["client_versions"] == {0: 1, 7: 2}
     assert {"python", "fedlora", "torch", "lightning", "peft"} <= raw["versions"].keys()
@@ -223,7 +223,7 @@ def test_a_longer_file_is_noticed(last):
     refused(last, "is damaged")
 
 
-@pytest.mark.parametrize("value", [[1, 2], {"weight": torch.ones(2)}, {"format": 1}])
+@pytest.mark.parametrize("value", [[1, 2], {"weight": torch.ones(2)}, {"format": 2}])
 def test_another_file_of_torch(last, value):
     torch.save(value, last)
     refused(last, "is damaged or no checkpoint")
@@ -241,7 +241,7 @@ def test_another_format_names_the_version_that_wrote_it(last, monkeypatch):
         patch.setattr(checkpoint, "FORMAT", 99)
         patch.setattr(checkpoint, "versions", lambda: {"fedlora": "9.8.7"})
         save(last, content())
-    refused(last, r"has format 99, this version reads 1\. Use the version of fedlora .*9\.8\.7")
+    refused(last, r"has format 99, this version reads 2\. Use the version of fedlora .*9\.8\.7")
 
 
 class Bomb:
@@ -255,7 +255,7 @@ class Bomb:
 @pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 def test_nothing_in_a_checkpoint_is_executed(last, tmp_path, new):
     bomb = Bomb(tmp_path / "executed")
-    torch.save({"format": 1, "x": bomb}, last, _use_new_zipfile_serialization=new)
+    torch.save({"format": 2, "x": bomb}, last, _use_new_zipfile_serialization=new)
     seal(last)
     refused(last, "is damaged or no checkpoint")
     last.write_bytes(pickle.dumps(bomb, protocol=2))

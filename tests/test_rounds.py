@@ -26,7 +26,7 @@ def run(tmp_path):
         for client in (0, 1):
             store.write(client, round_idx, AdapterState(B={"x": torch.full((2, 1), round_idx)}))
         versions = {0: round_idx, 1: round_idx}
-        server = ServerState(AdapterState(), round_idx, versions, ({"round": round_idx},))
+        server = ServerState(AdapterState(), round_idx, versions, history=({"round": round_idx},))
         for name in ("last", "best") if round_idx == 1 else ("last",):
             save(folder.checkpoint(name), Checkpoint(server, rule={"state": {}}))
     return folder

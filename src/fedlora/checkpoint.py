@@ -16,7 +16,7 @@ from fedlora.errors import CheckpointError
 from fedlora.files import clear_os_errors, sha256, write_atomically
 from fedlora.state import AdapterState, ServerState
 
-FORMAT = 1
+FORMAT = 2
 DIGEST = 64  # characters of a SHA-256
 # What may differ when a run goes on: none of it changes what the rounds compute.
 FREE = (
@@ -82,6 +82,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "round_idx": server.round_idx,
         "adapter": server.adapter.to_dict(),
         "client_versions": dict(server.versions),
+        "client_received": dict(server.received),
         "history": [dict(row) for row in server.history],
         "finished": server.finished,
         "rule": dict(checkpoint.rule),
@@ -138,6 +139,7 @@ def load(path: Path) -> Checkpoint:
             AdapterState.from_dict(content["adapter"]),
             content["round_idx"],
             content["client_versions"],
+            content["client_received"],
             tuple(content["history"]),
             content["finished"],
         )

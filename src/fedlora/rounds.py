@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora import artefacts, checkpoint
-from fedlora.aggregation.meter import AggregationMeter
+from fedlora.aggregation.meter import AggregationMeter, Figures
 from fedlora.callbacks.base import Row
 from fedlora.engines.evaluate import evaluate_clients, evaluate_split
 from fedlora.errors import CheckpointError, FedloraError
@@ -79,6 +79,8 @@ class Rounds:
             "class_names": list(engine.data.class_names),
             "pictures_sha256": engine.data.holdings.fingerprint(),
             "client_samples": [client.num_samples for client in clients],
+            "client_ranks": [client.rank for client in clients],
+            "client_scales": [client.scale for client in clients],
             "scaling": dict(engine.lora.scaling),
             "shapes": {name: list(tensor.shape) for name, tensor in engine.lora.state().tensors()},
         }
@@ -146,13 +148,18 @@ class Rounds:
             adapter=adapter,
             round_idx=rnd.idx + 1,
             versions=self.engine.store.take_versions(server.versions),
+            received={**server.received, **{client.id: rnd.idx for client in chosen}},
         )
+        figures = Figures() if personal else meter.figures(adapter)
         report: dict[str, float | None] = {
             "round": state.round_idx,
             "train/loss": tally.loss,
             "comm/up_bytes": tally.up,
             "comm/down_bytes": tally.down,
-            "agg/error": None if personal else meter.error(adapter),
+            "agg/error": figures.error,
+            "agg/effective_rank": figures.effective_rank,
+            "clients/drift_mean": figures.drift_mean,
+            "clients/drift_max": figures.drift_max,
         }
         trainer.call("on_aggregate", server.adapter, adapter, report)
         due = state.round_idx % trainer.val_every_n_rounds == 0
@@ -243,7 +250,8 @@ def _class_path(value: object) -> str:
 
 
 def _check_finite(adapter: AdapterState, rnd: Round) -> None:
-    bad = [name for name, tensor in adapter.tensors() if not bool(tensor.isfinite().all())]
+    tensors = dict(adapter.tensors()) | {n: r.U for n, r in adapter.residual.items()}
+    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
     if bad:
         raise FedloraError(
             f"the averaged adapter became NaN or infinite in round {rnd.idx} ({bad[0]}). Lower the "

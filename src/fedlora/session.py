@@ -18,6 +18,7 @@ from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.personal import ClientStore
+from fedlora.ranks import assign_ranks
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import derive_seed
@@ -73,12 +74,12 @@ def _attach(trainer: FederatedTrainer) -> None:
 
 def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     """Start a run, or go on with one, until it is over."""
-    _check_cohort(trainer)
+    clients = _make_clients(trainer)
     run, saved = _open(trainer, ckpt_path)
     trainer.run = run
     if ckpt_path is not None and saved is None:  # left out while there might be a checkpoint
         trainer.lightning_module.start_from_adapter()
-    trainer.rounds = rounds = _make_rounds(trainer, run)
+    trainer.rounds = rounds = _make_rounds(trainer, run, clients)
     trainer.server = ServerState(AdapterState())
     if saved is not None:
         rounds.resume(saved)
@@ -159,16 +160,25 @@ def _is_over(trainer: FederatedTrainer) -> bool:
     return bool(trainer.server.finished) or trainer.server.round_idx >= trainer.max_rounds
 
 
-def _check_cohort(trainer: FederatedTrainer) -> None:
-    count = len(trainer.datamodule.clients())
-    if trainer.clients_per_round is not None and trainer.clients_per_round > count:
+def _make_clients(trainer: FederatedTrainer) -> list[Client]:
+    """Every client with its rank; refuses what cannot be before there is a run folder."""
+    clients = trainer.datamodule.clients()
+    if trainer.clients_per_round is not None and trainer.clients_per_round > len(clients):
         raise FedloraError(
-            f"trainer.clients_per_round must be between 1 and {count} (the number of clients), got "
-            f"{trainer.clients_per_round}. Lower it or raise data.num_clients."
+            f"trainer.clients_per_round must be between 1 and {len(clients)} (the number of "
+            f"clients), got {trainer.clients_per_round}. Lower it or raise data.num_clients."
         )
+    return assign_ranks(
+        clients,
+        trainer.client_ranks,
+        trainer.lightning_module.lora_config,
+        trainer.averaging.aggregator,
+        trainer.seed,
+        trainer.client_alpha,
+    )
 
 
-def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
+def _make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]) -> Rounds:
     def on_start(client: Client) -> None:
         trainer.call("on_client_start", client)
 
@@ -196,7 +206,7 @@ def _make_rounds(trainer: FederatedTrainer, run: RunFolder) -> Rounds:
         on_start,
         on_skip if trainer.on_nonfinite == "skip" else None,
     )
-    return Rounds(trainer, run, engine, trainer.datamodule.clients())
+    return Rounds(trainer, run, engine, clients)
 
 
 def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:

@@ -39,12 +39,16 @@ class Client:
         num_samples: rows it trains on.
         rank: the LoRA rank that it trains (0: that of the server).
         name: what users call it ("site_a"); empty where it has only a number.
+        scale: its lora_alpha / rank in units of the server's.
+        last_round: the last round before this one in which it was sent anything; None: never.
     """
 
     id: int
     num_samples: int
     rank: int = 0
     name: str = ""
+    scale: float = 1.0
+    last_round: int | None = None
 
     def __str__(self) -> str:
         """As it is named in messages."""
@@ -99,6 +103,8 @@ class AdapterState:
         other: head, biases, logit scale, buffers: parameter path -> tensor.
         scaling: module path -> lora_alpha / rank of this adapter.
         residual: module path -> change of the weight served beside the factors.
+        added: module path -> what the last round added to ``residual``, or what of that must
+            travel to a client that has the residual before; never served by itself.
     """
 
     A: Mapping[str, Tensor] = field(default_factory=dict)
@@ -106,13 +112,14 @@ class AdapterState:
     other: Mapping[str, Tensor] = field(default_factory=dict)
     scaling: Mapping[str, float] = field(default_factory=dict)
     residual: Mapping[str, Residual] = field(default_factory=dict)
+    added: Mapping[str, Residual] = field(default_factory=dict)
 
     def part(self, part: Part) -> Mapping[str, Tensor]:
         """The tensors of one part."""
         return {"A": self.A, "B": self.B, "other": self.other}[part]
 
     def only(self, parts: Iterable[Part]) -> AdapterState:
-        """The named parts; neither the others nor the residual."""
+        """The named parts; neither the others nor the residual nor what was added to it."""
         kept = frozenset(parts)
         return replace(
             self,
@@ -120,7 +127,31 @@ class AdapterState:
             B=self.B if "B" in kept else {},
             other=self.other if "other" in kept else {},
             residual={},
+            added={},
         )
+
+    def cut(self, rank: int, scale: float = 1.0) -> AdapterState:
+        """The first ``rank`` slots of the factors, which serve the same at another scaling.
+
+        Args:
+            rank: rows of A and columns of B to keep; 0, or more than there are, keeps all.
+            scale: the new scaling in units of this one; B is divided by it.
+        """
+        if scale == 1.0 and (not rank or all(rank >= own for own in self.ranks.values())):
+            return self
+        B = {name: tensor[:, : rank or None] for name, tensor in self.B.items()}
+        return replace(
+            self,
+            A={name: tensor[: rank or None] for name, tensor in self.A.items()},
+            B=B if scale == 1.0 else {name: tensor / scale for name, tensor in B.items()},
+            scaling={name: value * scale for name, value in self.scaling.items()},
+        )
+
+    def padded(self, ranks: Mapping[str, int]) -> AdapterState:
+        """With slots of zeros up to these ranks; training leaves those zero."""
+        A = {name: pad(tensor, ranks[name], 0) for name, tensor in self.A.items()}
+        B = {name: pad(tensor, ranks[name], 1) for name, tensor in self.B.items()}
+        return replace(self, A=A, B=B)
 
     def over(self, base: AdapterState) -> AdapterState:
         """This state where it has a tensor, ``base`` elsewhere."""
@@ -130,13 +161,15 @@ class AdapterState:
             other={**base.other, **self.other},
             scaling={**base.scaling, **self.scaling},
             residual={**base.residual, **self.residual},
+            added={**base.added, **self.added},
         )
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes to send."""
         tensors = sum(tensor.nbytes for _, tensor in self.tensors())
-        return tensors + sum(residual.nbytes for residual in self.residual.values())
+        beside = (*self.residual.values(), *self.added.values())
+        return tensors + sum(change.nbytes for change in beside)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -160,13 +193,27 @@ class AdapterState:
             "other": dict(self.other),
             "scaling": dict(self.scaling),
             "residual": {name: [res.U, res.V] for name, res in self.residual.items()},
+            "added": {name: [res.U, res.V] for name, res in self.added.items()},
         }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> AdapterState:
         """The inverse of :meth:`to_dict`."""
-        residual = {name: Residual(U, V) for name, (U, V) in state["residual"].items()}
-        return cls(state["A"], state["B"], state["other"], state["scaling"], residual)
+        residual, added = (
+            {name: Residual(U, V) for name, (U, V) in state[key].items()}
+            for key in ("residual", "added")
+        )
+        return cls(state["A"], state["B"], state["other"], state["scaling"], residual, added)
+
+
+def pad(factor: Tensor, rank: int, dim: int) -> Tensor:
+    """A factor with zeros in its unused slots; ``dim`` is 0 for A, 1 for B."""
+    missing = rank - factor.shape[dim]
+    if not missing:
+        return factor
+    shape = list(factor.shape)
+    shape[dim] = missing
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 @dataclass(frozen=True)
@@ -212,6 +259,7 @@ class ServerState:
         adapter: the global adapter.
         round_idx: rounds completed.
         versions: client id -> round after which its kept state was written.
+        received: client id -> the last round in which it was sent anything.
         history: one row of metrics per completed round, row 0 the untrained model.
         finished: why no further round is played ("" while the run goes on).
     """
@@ -219,5 +267,6 @@ class ServerState:
     adapter: AdapterState
     round_idx: int = 0
     versions: Mapping[int, int] = field(default_factory=dict)
+    received: Mapping[int, int] = field(default_factory=dict)
     history: tuple[Mapping[str, float | None], ...] = ()
     finished: str = ""

@@ -41,6 +41,11 @@ class FederatedTrainer:
         seed: of everything that is drawn.
         max_rounds: rounds to play.
         clients_per_round: clients drawn for each round; None means all.
+        client_ranks: LoRA ranks of the clients, at most the model's: one for all, a list with one
+            for each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed; None means the
+            model's. Needs a rule that can average them.
+        client_alpha: with ``client_ranks``: ``scaled`` lets lora_alpha follow the rank, so that all
+            clients scale by the same lora_alpha / rank; ``fixed`` is one lora_alpha for all.
         local_epochs: passes over its rows that a client makes in a round.
         local_steps: optimizer steps of a client in a round; replaces ``local_epochs``.
         gradient_clip_val: largest norm of a client's gradient.
@@ -71,6 +76,8 @@ class FederatedTrainer:
         seed: int = 0,
         max_rounds: int = 10,
         clients_per_round: int | None = None,
+        client_ranks: int | list[int] | dict[int, float] | None = None,
+        client_alpha: Literal["scaled", "fixed"] = "scaled",
         local_epochs: int = 1,
         local_steps: int | None = None,
         gradient_clip_val: float | None = None,
@@ -113,6 +120,8 @@ class FederatedTrainer:
         self.seed = seed
         self.max_rounds = 1 if fast_dev_run else max_rounds
         self.clients_per_round = clients_per_round
+        self.client_ranks = client_ranks
+        self.client_alpha = client_alpha
         self.local_epochs = 1 if fast_dev_run else local_epochs
         self.local_steps = 1 if fast_dev_run and local_steps else local_steps
         self.gradient_clip_val = gradient_clip_val

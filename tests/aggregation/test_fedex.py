@@ -111,16 +111,16 @@ def test_factors_and_head_are_those_of_fedavg():
 
 
 def test_the_residual_is_thin_until_dense_is_smaller():
-    # 3 clients and the mean, of rank 2 each: 8 columns a round. Thin takes 8 t (64 + 64) numbers
-    # after t rounds, dense 64 * 64 = 4096: equal at t = 4.
+    # 3 clients of rank 2: (3 - 1) 2 = 4 columns a round. Thin takes 4 t (64 + 64) numbers after t
+    # rounds, dense 64 * 64 = 4096: equal at t = 8.
     shapes = {"x": (64, 64)}
     rule, server = FedExLoRA(), fresh(shapes=shapes)
     sizes = []
-    for idx in range(5):
+    for idx in range(9):
         trained = [adapter([idx, k], shapes=shapes) for k in range(3)]
         server = rule.aggregate(server, play(rule, server, trained, [1, 1, 1]), ROUND)
         sizes.append(server.residual["x"].nbytes)
-    assert sizes == [4 * 1024, 4 * 2048, 4 * 3072, 4 * 4096, 4 * 4096]
+    assert sizes == [*(4 * 512 * t for t in range(1, 8)), 4 * 4096, 4 * 4096]
 
 
 def test_the_residual_travels_down_and_not_up():

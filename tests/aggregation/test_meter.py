@@ -21,7 +21,7 @@ LAYERS = {f"layer{index}": (24, 16) for index in range(4)}
 def measure(rule, server, updates):
     meter = AggregationMeter()
     after = rule.aggregate(server, meter.watch(updates), ROUND)
-    return after, meter.error(after)
+    return after, meter.figures(after).error
 
 
 def dense_error(after, updates):
@@ -65,8 +65,12 @@ def test_the_residual_counts():
     updates = play(FedExLoRA(), server, [adapter(k, shapes=LAYERS) for k in range(3)], [1, 1, 1])
     meter = AggregationMeter()
     after = FedExLoRA().aggregate(server, meter.watch(updates), ROUND)
-    assert meter.error(after) < 1e-6
-    assert meter.error(replace(after, residual={})) == measure(FedAvg(), server, updates)[1] > 0.3
+    assert meter.figures(after).error < 1e-6
+    assert (
+        meter.figures(replace(after, residual={})).error
+        == measure(FedAvg(), server, updates)[1]
+        > 0.3
+    )
 
 
 @pytest.mark.parametrize("clients", [2, 4, 9])
@@ -125,10 +129,10 @@ def test_memory_does_not_grow_with_clients():
     held = []
     for update in meter.watch(play(FedAvg(), server, [adapter(k) for k in range(20)], [1] * 20)):
         del update
-        held.append(sum(t.numel() for t in (*meter._ideal.values(), *meter._basis.values())))
+        held.append(sum(t.numel() for t in (*meter._products.values(), *meter._basis.values())))
     # 32 columns: (6 + 5) and (4 + 7) rows
     assert set(held) == {32 * (6 + 5 + 4 + 7)}
-    assert SHAPES.keys() == meter._ideal.keys()
+    assert SHAPES.keys() == meter._products.keys()
 
 
 def figures():

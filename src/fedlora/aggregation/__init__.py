@@ -1,18 +1,32 @@
-"""The published ways to average LoRA adapters."""
+"""The published ways to average LoRA adapters: each rule is one file of this folder."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any
 
 from fedlora.aggregation.base import Aggregator, ProductMean, WeightedMean, product
-from fedlora.aggregation.fedavg import FedAvg
-from fedlora.aggregation.fedex import FedExLoRA
-from fedlora.aggregation.fedsa import FedSALoRA
-from fedlora.aggregation.ffa import FFALoRA
 
-__all__ = [
-    "Aggregator",
-    "FFALoRA",
-    "FedAvg",
-    "FedExLoRA",
-    "FedSALoRA",
-    "ProductMean",
-    "WeightedMean",
-    "product",
-]
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Each rule's class: below they are found, not listed."""
+
+
+def _rules() -> dict[str, type[Aggregator]]:
+    """The rules, by name: adding one is adding its file."""
+    found = {}
+    for module in iter_modules(__path__):
+        here = import_module(f"{__name__}.{module.name}")
+        for name, value in vars(here).items():
+            is_rule = isinstance(value, type) and issubclass(value, Aggregator)
+            if is_rule and value.__module__ == here.__name__ and module.name != "base":
+                found[name] = value
+    return found
+
+
+RULES = _rules()
+globals().update(RULES)
+
+__all__ = ["RULES", "Aggregator", "ProductMean", "WeightedMean", "product", *RULES]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.errors import FedloraError
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Part, Residual, Round
 
 
@@ -20,11 +21,19 @@ class Aggregator(ABC):
     consumes it as a stream uses constant memory. A rule edits none of its arguments, and commits
     state of its own only after the last update was consumed.
 
+    Attributes:
+        exact: what is served after a round is ``sum_k p_k (R_k + s_k B_k A_k)``: promised here,
+            checked by :func:`fedlora.testing.check_aggregator`.
+        mixed_ranks: clients may have different ranks; others are refused before the run.
+
     Example:
         >>> class First(Aggregator):
         ...     def aggregate(self, server, updates, rnd):
         ...         return next(iter(updates)).adapter
     """
+
+    exact: bool = False
+    mixed_ranks: bool = False
 
     @abstractmethod
     def aggregate(
@@ -46,8 +55,11 @@ class Aggregator(ABC):
         return server
 
     def distribute(self, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
-        """What travels to a client; the rest of ``server`` it knows already (from the seed)."""
-        return replace(server.only(self.shared(rnd)), residual=server.residual)
+        """What travels to a client; the rest of ``server`` it knows already (from the seed).
+
+        The shared parts, cut to the client's rank, and of the residual as much as it lacks.
+        """
+        return beside(server.only(self.shared(rnd)), server, client, rnd)
 
     def trainable(self, rnd: Round) -> frozenset[Part]:
         """The parts that clients train in this round."""
@@ -71,11 +83,32 @@ class Aggregator(ABC):
         """The inverse of :meth:`state_dict`."""
 
 
+def beside(down: AdapterState, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
+    """``down`` cut to the client's rank, with what the client lacks of the server's residual.
+
+    A client that was sent the residual in the round before needs only what that round added; one
+    that was not, the whole, and so does everyone where that is smaller.
+    """
+    whole, added = (
+        sum(change.nbytes for change in part.values()) for part in (server.residual, server.added)
+    )
+    follows = client.last_round is not None and client.last_round == rnd.idx - 1
+    down = down.cut(client.rank, client.scale)
+    if follows and added < whole:
+        return replace(down, added=server.added)
+    return replace(down, residual=server.residual)
+
+
 class WeightedMean(Aggregator):
     """The mean of what the clients send, each tensor apart, weighted by ``update.weight``.
 
     Streams: memory does not grow with clients. Sums are float64 and divided once at the end.
+
+    Attributes:
+        averaged: the parts that it is the mean of; of the others it leaves the server's.
     """
+
+    averaged: frozenset[Part] = PARTS
 
     def aggregate(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round
@@ -83,7 +116,7 @@ class WeightedMean(Aggregator):
         """The weighted mean over ``server``; ``server`` itself where no weight is above zero.
 
         Raises:
-            ValueError: when two clients send tensors of other names or shapes.
+            FedloraError: when two clients send tensors of other names or shapes.
         """
         total = 0.0
         sums: dict[str, Tensor] = {}
@@ -91,9 +124,9 @@ class WeightedMean(Aggregator):
         for update in updates:
             if update.weight == 0:
                 continue
-            tensors = dict(update.payload.tensors())
+            tensors = dict(update.payload.only(self.averaged).tensors())
             if sums and _shapes(tensors) != _shapes(sums):
-                raise ValueError(
+                raise FedloraError(
                     f"{type(self).__name__} takes the mean of tensors of one shape, but "
                     f"{update.client} sent other names or shapes than the client before. Give all "
                     "clients one rank."
@@ -136,15 +169,41 @@ class ProductMean:
             self._total += update.weight
             yield update
 
+    def mean(self) -> dict[str, Residual]:
+        """Module path -> mean of the products, float64."""
+        return {name: Residual(s.U / self._total, s.V) for name, s in self._sums.items()}
+
     def minus(self, adapter: AdapterState) -> dict[str, Residual]:
         """Module path -> mean of the products minus the product of ``adapter``, float64."""
-        return {
-            name: Residual(total.U / self._total, total.V).add(product(adapter, name, -1.0))
-            for name, total in self._sums.items()
-        }
+        return {name: m.add(product(adapter, name, -1.0)) for name, m in self.mean().items()}
 
 
 def product(adapter: AdapterState, name: str, weight: float = 1.0) -> Residual:
     """``weight * s * B A`` of one layer as a thin residual in float64."""
     scale = weight * adapter.scaling[name]
     return Residual(adapter.B[name].to(torch.float64) * scale, adapter.A[name].to(torch.float64))
+
+
+def grown(
+    server: AdapterState, after: AdapterState, changes: Mapping[str, Residual]
+) -> AdapterState:
+    """``after`` serving the residual of ``server`` and ``changes`` beside its factors.
+
+    A client that has the residual of ``server`` gets to the same bits with what was added.
+    """
+    residual, added = dict(server.residual), {}
+    for name, change in changes.items():
+        added[name] = new = change.to(after.A[name].dtype)
+        old = residual.get(name)
+        residual[name] = new if old is None else old.add(new)
+    return replace(after, residual=residual, added=added)
+
+
+def check_least(name: str, value: float | None, least: float) -> None:
+    """Refuse an argument of a rule that is too small; None is none.
+
+    Raises:
+        FedloraError: names the argument and the least value.
+    """
+    if value is not None and not value >= least:  # NaN is too small, too
+        raise FedloraError(f"the aggregator's {name} must be {least:g} or above, got {value}.")

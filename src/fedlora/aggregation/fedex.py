@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-from fedlora.aggregation.base import ProductMean, WeightedMean
+from fedlora.aggregation.base import ProductMean, WeightedMean, check_least, grown
+from fedlora.low_rank import truncate
 from fedlora.state import AdapterState, ClientUpdate, Round
 
 
@@ -15,8 +15,19 @@ class FedExLoRA(WeightedMean):
     Per layer, ``sum_k p_k s B_k A_k - s (mean B)(mean A)`` is added to the frozen weight on the
     server and on every client, and accumulates over rounds (Singhal et al., "FedEx-LoRA: Exact
     Aggregation for Federated and Efficient Fine-Tuning", ACL 2025, arXiv 2410.09432, equations
-    10 to 14). It travels down with the factors and is counted with them.
+    10 to 14). It travels down with the factors and is counted with them. Its rank grows by up to
+    (K - 1) r a round for K clients: thin until the matrix itself is smaller.
+
+    Args:
+        residual_rank: keep only the best approximation of this rank of what a round adds (equation
+            15 and section 4.2 there); None keeps all. No longer exact: ``agg/error`` says by how
+            much.
     """
+
+    def __init__(self, residual_rank: int | None = None) -> None:
+        check_least("residual_rank", residual_rank, 1)
+        self.residual_rank = residual_rank
+        self.exact = residual_rank is None
 
     def aggregate(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round
@@ -24,9 +35,8 @@ class FedExLoRA(WeightedMean):
         """The means with ``server.residual`` plus this round's loss; any ``update`` order."""
         products = ProductMean()
         mean = super().aggregate(server, products.watch(updates), rnd)
-        residual = dict(server.residual)
-        for name, lost in products.minus(mean).items():
-            old = residual.get(name)
-            new = lost if old is None else old.to(lost.U.dtype).add(lost)
-            residual[name] = new.to(mean.A[name].dtype)
-        return replace(mean, residual=residual)
+        lost = {
+            name: truncate(change, mean.A[name].dtype, self.residual_rank)
+            for name, change in products.minus(mean).items()
+        }
+        return grown(server, mean, lost)

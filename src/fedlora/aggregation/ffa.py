@@ -15,6 +15,8 @@ class FFALoRA(WeightedMean):
     frozen at zero it would leave A without a gradient.
     """
 
+    exact = True
+
     def trainable(self, rnd: Round) -> frozenset[Part]:
         """Everything but A."""
         return frozenset({"B", "other"})

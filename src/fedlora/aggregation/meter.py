@@ -1,8 +1,9 @@
-"""How far a rule's result is from the ideal average, measured while the updates stream by."""
+"""What averaging does to the served weights, measured while the updates stream by."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,63 +14,110 @@ from fedlora.state import AdapterState, ClientUpdate, Residual
 COLUMNS = 32  # of the sketch: a relative error estimated from it is good to some ten percent
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What the meter found; None where no layer was watched.
+
+    Attributes:
+        error: ``||I - S||_F / ||I||_F`` over all adapted layers together, I the ideal average and
+            S what is served.
+        effective_rank: of the ideal average of the round's training, ``sum_k p_k s_k B_k A_k``:
+            ``(sum sigma_i^2)^2 / sum sigma_i^4`` of its singular values, a mean over the layers. It
+            is n for n equal ones, and none for a layer that is zero.
+        drift_mean, drift_max: how far a client moved what it serves from what it was sent,
+            ``||M_k - M_sent||_F`` with ``M = R + s B A`` over all layers; over clients.
+    """
+
+    error: float | None = None
+    effective_rank: float | None = None
+    drift_mean: float | None = None
+    drift_max: float | None = None
+
+
 class AggregationMeter:
-    """Estimates ``||I - S||_F / ||I||_F`` over all adapted layers together.
+    """Estimates how far a rule is from the ideal average, and what that average is like.
 
     I is the ideal ``sum_k p_k (R_k + s_k B_k A_k)`` and S what the new adapter serves beside the
     frozen weights, ``R' + s' B' A'``. Both are only ever multiplied with a fixed seeded Gaussian
     matrix Z of 32 columns per layer (E ||M Z||^2 = 32 ||M||^2), so memory does not grow with
-    clients, and the estimate is zero, up to rounding, exactly where I = S.
+    clients, and the estimate of the error is zero, up to rounding, exactly where I = S.
     """
 
     def __init__(self) -> None:
         self._total = 0.0
-        self._ideal: dict[str, Tensor] = {}
+        self._products: dict[str, Tensor] = {}
+        self._residuals: dict[str, Tensor] = {}
+        self._drifts: list[float] = []
         self._basis: dict[str, Tensor] = {}
-        self._residual_sketch: dict[str, tuple[Residual, Tensor]] = {}
+        self._starts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._beside: dict[str, tuple[Residual, Tensor]] = {}
 
     def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """Pass the updates on, adding up their sketches."""
         for update in updates:
             if update.weight:
-                adapter = update.adapter
-                for name in adapter.A:  # in its order: that of a set differs per process
-                    if name not in adapter.B:
-                        continue
-                    term = self._sketch(adapter, name).mul_(update.weight)
-                    old = self._ideal.get(name)
-                    self._ideal[name] = term if old is None else old.add_(term)
-                self._total += update.weight
+                self._add(update)
             yield update
 
-    def error(self, served: AdapterState) -> float | None:
-        """The relative error of what ``served`` serves; None where no layer was watched."""
-        if not self._ideal:
-            return None
+    def _add(self, update: ClientUpdate) -> None:
+        adapter, sent = update.adapter, update.sent
+        moved = 0.0
+        for name in adapter.A:  # in its order: that of a set differs per process
+            if name not in adapter.B:
+                continue
+            term = self._product(adapter, name)
+            moved += (term - self._sent(sent, name)).square().sum().item() / COLUMNS
+            _accumulate(self._products, name, term.mul_(update.weight))
+            if name in adapter.residual:
+                beside = self._residual(adapter.residual[name], name)
+                _accumulate(self._residuals, name, beside * update.weight)
+        self._total += update.weight
+        self._drifts.append(moved**0.5)
+
+    def figures(self, served: AdapterState) -> Figures:
+        """What was seen, with the error of what ``served`` serves."""
+        if not self._products:
+            return Figures()
         lost = ideal = 0.0
-        for name, total in self._ideal.items():
-            want = total / self._total
-            lost += (want - self._sketch(served, name)).square().sum().item()
+        ranks = []
+        for name, total in self._products.items():
+            product = total / self._total
+            want = product
+            if name in self._residuals:
+                want = product + self._residuals[name] / self._total
+            got = self._product(served, name)
+            if name in served.residual:
+                got = got.add_(self._residual(served.residual[name], name))
+            lost += (want - got).square().sum().item()
             ideal += want.square().sum().item()
-        return 0.0 if ideal == 0.0 else (lost / ideal) ** 0.5
+            ranks += _participation(product)
+        return Figures(
+            error=0.0 if ideal == 0.0 else (lost / ideal) ** 0.5,
+            effective_rank=sum(ranks) / len(ranks) if ranks else None,
+            drift_mean=sum(self._drifts) / len(self._drifts),
+            drift_max=max(self._drifts),
+        )
 
-    def _sketch(self, adapter: AdapterState, name: str) -> Tensor:
-        """``(R + s B A) Z`` of one layer: (out_features, 32), float64, a fresh tensor."""
+    def _product(self, adapter: AdapterState, name: str) -> Tensor:
+        """``s B A Z`` of one layer: (out_features, 32), float64, a fresh tensor."""
         A, B = adapter.A[name].double(), adapter.B[name].double()
-        Z = self._z(name, A.shape[1])
-        sketch = B @ (A @ Z) * adapter.scaling[name]
-        residual = self._beside(adapter.residual, name, Z)
-        return sketch if residual is None else sketch.add_(residual)
+        return B @ (A @ self._z(name, A.shape[1])) * adapter.scaling[name]
 
-    def _beside(self, residual: Mapping[str, Residual], name: str, Z: Tensor) -> Tensor | None:
-        if name not in residual:
-            return None
-        change = residual[name]
-        known = self._residual_sketch.get(name)
+    def _sent(self, sent: AdapterState, name: str) -> Tensor:
+        A, B = sent.A[name], sent.B[name]
+        known = self._starts.get(name)
+        if known is None or known[0] is not A or known[1] is not B:  # clients of a rank share one
+            known = self._starts[name] = (A, B, self._product(sent, name))
+        return known[2]
+
+    def _residual(self, change: Residual, name: str) -> Tensor:
+        """``R Z`` of one layer."""
+        known = self._beside.get(name)
         if known is None or known[0] is not change:  # clients of a round share one residual
             wide = change.to(torch.float64)
+            Z = self._z(name, change.shape[1])
             value = wide.U @ Z if wide.V is None else wide.U @ (wide.V @ Z)
-            known = self._residual_sketch[name] = (change, value)
+            known = self._beside[name] = (change, value)
         return known[1]
 
     def _z(self, name: str, columns: int) -> Tensor:
@@ -79,3 +127,20 @@ class AggregationMeter:
                 columns, COLUMNS, generator=generator, dtype=torch.float64
             )
         return self._basis[name]
+
+
+def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+    old = sums.get(name)
+    sums[name] = term if old is None else old.add_(term)
+
+
+def _participation(sketch: Tensor) -> list[float]:
+    """The effective rank of M from ``M Z``; none where M is zero.
+
+    For Gaussian z_i, z_j: E (z_i^T G z_j)^2 = sum sigma^4 and E z_i^T G z_i z_j^T G z_j = (sum
+    sigma^2)^2 with G = M^T M, so both are means over the pairs of different columns.
+    """
+    products = sketch.T @ sketch
+    norms = products.diagonal()
+    pairs = (products.square().sum() - norms.square().sum()).item()
+    return [(norms.sum().square() - norms.square().sum()).item() / pairs] if pairs > 0 else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedlora.callbacks.base import FederatedCallback, Row
 from fedlora.modules.report import readable
+from fedlora.state import Client
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from fedlora.engines.local import Lane
     from fedlora.rounds import Rounds
     from fedlora.run_folder import RunFolder
-    from fedlora.state import Client, ClientUpdate, Round
+    from fedlora.state import ClientUpdate, Round
     from fedlora.trainer import FederatedTrainer
 
 ProgressMode = Literal["auto", "rich", "plain", "off"]
@@ -124,7 +125,11 @@ class Progress(FederatedCallback):
         head = lora.federated.classifier
         total = sum(p.numel() for p in lora.federated.clip.parameters())
         total += 0 if head is None else sum(p.numel() for p in head.parameters())
-        travels = lora.state().only(rounds.rule.shared(rnd)).nbytes
+        # What the rounds add to a residual comes on top, and is counted there.
+        start = trainer.server.adapter if trainer.server.history else lora.state()
+        up = start.only(rounds.rule.shared(rnd)).nbytes
+        down = rounds.rule.distribute(start, Client(0, 0), rnd).nbytes
+        ranks = sorted({client.rank for client in rounds.clients})
         sizes = sorted(client.num_samples for client in rounds.clients)
         self.table(
             {
@@ -133,11 +138,12 @@ class Progress(FederatedCallback):
                 "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
-                "traffic per client and round": f"{readable(travels)} each way",
+                "traffic per client and round": f"{readable(up)} up, {readable(down)} down",
                 "data": trainer.datamodule.source.summary(),
                 "pictures": trainer.datamodule.holdings.summary(),
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
-                f"(median {sizes[len(sizes) // 2]})",
+                f"(median {sizes[len(sizes) // 2]})"
+                + (f", of rank {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""),
                 "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
                 "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
                 "run folder": str(rounds.run.path),
@@ -247,6 +253,8 @@ class Progress(FederatedCallback):
             ("clients/acc_mean", "clients' acc"),
             ("test/acc", "test acc"),
             ("agg/error", "agg error"),
+            ("agg/effective_rank", "rank"),
+            ("clients/drift_max", "drift"),
         ):
             if row.get(name) is not None:
                 parts.append(f"{label} {row[name]:.4f}")

@@ -26,6 +26,9 @@ METRICS = (
     "comm/up_bytes",
     "comm/down_bytes",
     "agg/error",
+    "agg/effective_rank",
+    "clients/drift_mean",
+    "clients/drift_max",
     "time/round_s",
 )
 CLIENTS = (
@@ -33,6 +36,7 @@ CLIENTS = (
     "id",
     "name",
     "samples",
+    "rank",
     "steps",
     "loss",
     "acc",
@@ -73,6 +77,7 @@ class Records(FederatedCallback):
             "id": client.id,
             "name": client.name,
             "samples": client.num_samples,
+            "rank": client.rank,
             "steps": update.num_steps,
             "up_bytes": update.nbytes,
             "down_bytes": update.down_nbytes,

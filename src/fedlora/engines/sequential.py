@@ -54,12 +54,14 @@ class SequentialEngine:
         self, client: Client, rnd: Round, server: ServerState, rule: Aggregator
     ) -> tuple[AdapterState, int]:
         """Load what a client starts from; returns its public part and the bytes that travelled."""
+        client = replace(client, last_round=server.received.get(client.id))
         down = rule.distribute(server.adapter, client, rnd)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
         kept = self.store.read(client.id, server.versions)
-        self.lora.load(down.over(kept.over(server.adapter)))
-        return down.over(server.adapter), down.nbytes
+        public = server.adapter.cut(client.rank, client.scale)
+        self.lora.load(down.over(kept.over(public)).padded(server.adapter.ranks))
+        return down.over(public), down.nbytes
 
     def play(
         self, chosen: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
@@ -78,7 +80,7 @@ class SequentialEngine:
                     raise
                 self.on_skip(client, error)
                 continue
-            trained = replace(self.lora.state(), residual={}).only(trainable)
+            trained = self.lora.state().only(trainable).cut(client.rank)
             self._keep(client, rnd, trained, trainable - shared)
             yield ClientUpdate(
                 client=client,

@@ -160,7 +160,7 @@ class LearnedParts:
 
     @torch.no_grad()
     def load(self, state: AdapterState) -> None:
-        """Put a whole or partial state into the model, its residual included.
+        """Put a whole or partial state into the model, its scaling and residual included.
 
         Raises:
             FedloraError: names every tensor that does not fit; nothing is changed then.
@@ -176,6 +176,8 @@ class LearnedParts:
             own = self._own(part)
             for name, tensor in state.part(part).items():
                 own[name].copy_(tensor.view_as(own[name]))
+        for name, value in state.scaling.items():
+            self.scaling[name] = self.layers[name].scaling[ADAPTER] = value
         self.served.serve(state.residual)
 
     def _own(self, part: Part) -> dict[str, Tensor]:
@@ -193,4 +195,7 @@ class LearnedParts:
                 if tensor.shape != want:
                     got = tuple(tensor.shape)
                     yield f"{part} of {name!r} has shape {got}, expected {tuple(want)}"
+        for name in state.scaling:
+            if name not in self.layers:
+                yield f"the scaling of {name!r} has no adapted layer here"
         yield from self.served.faults(state.residual)

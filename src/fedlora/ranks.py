@@ -1,0 +1,106 @@
+"""Clients of unequal LoRA ranks: who trains which, and which rules can average them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+from fedlora.aggregation import RULES
+from fedlora.errors import FedloraError
+from fedlora.sampling import derive_seed
+from fedlora.state import Client
+
+if TYPE_CHECKING:
+    from fedlora.aggregation import Aggregator
+    from fedlora.modules.config import LoRAConfig
+
+Ranks = int | list[int] | dict[int, float]
+Alpha = Literal["scaled", "fixed"]
+
+
+def assign_ranks(
+    clients: Sequence[Client],
+    ranks: Ranks | None,
+    config: LoRAConfig,
+    rule: Aggregator,
+    seed: int,
+    alpha: Alpha = "scaled",
+) -> list[Client]:
+    """Give each client the rank that it trains.
+
+    Args:
+        clients: every client of the federation.
+        ranks: one rank for all; one for each client, in their order; or rank -> share of the
+            clients, who gets which being drawn from the seed. None: all train the server's.
+        config: the server's rank, the largest that a client can have, and scaling.
+        rule: what averages them.
+        seed: of the run.
+        alpha: ``scaled``: lora_alpha grows with the rank, so that all scale alike; ``fixed``: one
+            lora_alpha for all, so that a client of rank r_k scales by lora_alpha / r_k.
+
+    Raises:
+        FedloraError: for ranks that cannot be, and for a rule that needs equal ones.
+    """
+    if not config.enabled:
+        if ranks is not None:
+            raise FedloraError(
+                "trainer.client_ranks is about LoRA, which is off here (lora.enabled=false). Leave "
+                "it out."
+            )
+        return list(clients)
+    given = [config.r] * len(clients) if ranks is None else _listed(ranks, clients, seed)
+    wrong = [rank for rank in given if not 1 <= rank <= config.r]
+    if wrong:
+        raise FedloraError(
+            f"trainer.client_ranks must be between 1 and model.lora.r={config.r}, got {wrong[0]}. "
+            "Lower it, or set model.lora.r to the largest."
+        )
+    if not rule.mixed_ranks and any(rank != config.r for rank in given):
+        able = ", ".join(name for name, known in RULES.items() if known.mixed_ranks)
+        raise FedloraError(
+            f"{type(rule).__name__} needs the same rank on all clients, model.lora.r={config.r}: "
+            f"trainer.client_ranks has others. Set trainer.averaging.aggregator to one of {able}, "
+            "or leave trainer.client_ranks out."
+        )
+    power = 0.5 if config.use_rslora else 1.0
+    return [
+        replace(
+            client,
+            rank=rank,
+            scale=1.0 if alpha == "scaled" else (config.r / rank) ** power,
+        )
+        for client, rank in zip(clients, given, strict=True)
+    ]
+
+
+def _listed(ranks: Ranks, clients: Sequence[Client], seed: int) -> list[int]:
+    if isinstance(ranks, int):
+        return [ranks] * len(clients)
+    if isinstance(ranks, Mapping):
+        return _drawn(ranks, clients, seed)
+    if len(ranks) != len(clients):
+        raise FedloraError(
+            f"trainer.client_ranks lists {len(ranks)} ranks for {len(clients)} clients. Give one "
+            "for each, one for all, or shares such as '{4: 0.5, 8: 0.5}'."
+        )
+    return list(ranks)
+
+
+def _drawn(shares: Mapping[int, float], clients: Sequence[Client], seed: int) -> list[int]:
+    """Each rank for its share of the clients, to the nearest client."""
+    total = sum(shares.values())
+    if not total > 0 or not all(0 <= share < math.inf for share in shares.values()):
+        raise FedloraError(
+            "trainer.client_ranks must give ranks shares of 0 or more, such as "
+            f"'{{4: 0.5, 8: 0.5}}', got {dict(shares)}."
+        )
+    order = sorted(clients, key=lambda client: derive_seed(seed, "rank", client.id))
+    found: dict[int, int] = {}
+    reached = 0.0
+    for rank, share in shares.items():
+        reached += share
+        for client in order[len(found) : round(len(order) * reached / total)]:
+            found[client.id] = rank
+    return [found[client.id] for client in clients]
