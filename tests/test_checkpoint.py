@@ -313,7 +313,8 @@ def test_the_design_says_what_is_free():
     # design.md, section 4: max_rounds, devices, strategy, lanes, threads, loggers, progress.
     named = ["max_rounds", "devices", "strategy", "lanes", "threads", "logger", "progress"]
     assert {f"trainer.{name}" for name in named} <= set(checkpoint.FREE)
-    # And the adapter that a run started from: its checkpoint holds what became of it; and where
-    # decoded pictures are kept.
-    free = set(checkpoint.FREE) - {"model.adapter", "data.cache_dir", "data.cache_gb"}
+    # And the adapter that a run started from: its checkpoint holds what became of it; where decoded
+    # pictures are kept; and the rank of files that are derived from the checkpoint.
+    derived = "trainer.averaging.init_args.export_rank"
+    free = set(checkpoint.FREE) - {"model.adapter", "data.cache_dir", "data.cache_gb", derived}
     assert not [name for name in free if re.match("data|model|trainer.(aver|loc)", name)]

@@ -89,3 +89,20 @@ def test_an_option_of_the_guide_is_one(line: str) -> None:
 
 def test_the_guide_has_options() -> None:
     assert len(LINES) == 5
+
+
+def test_the_rule_of_the_guide_runs_and_passes_its_test(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "new_rule.md").read_text(encoding="utf-8")
+    rule, test = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    [command] = re.findall(r"^python -m (fedlora fit .*)$", text, re.MULTILINE)
+    (tmp_path / "mylab").mkdir()
+    (tmp_path / "mylab" / "median.py").write_text(rule)
+    (tmp_path / "test_median.py").write_text(test)
+    assert len(rule.splitlines()) <= 45
+    small = ["--trainer.max_rounds=1", "--data.num_clients=3", "--trainer.limit_train_batches=1"]
+    for args in ([*command.split(), *small], ["pytest", "-q", "-p", "no:cacheprovider"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *args], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "mylab.median.MedianLoRA" in (tmp_path / "runs/version_0/config.yaml").read_text()

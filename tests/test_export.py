@@ -11,9 +11,11 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -33,6 +35,7 @@ from fedlora.export import export_adapter
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.lora import LoRAWrapper
+from fedlora.modules.saved import load_adapter, read_adapter
 from fedlora.state import AdapterState, Residual
 from tests.small_clip import NAMES, TEMPLATES, adapted, make_folder, pictures, shake
 from tests.small_models import OwnClip, SmallResNet
@@ -431,6 +434,216 @@ def test_a_resnet_in_peft_alone(
         torch.testing.assert_close(loaded(images), expected, atol=1e-5, rtol=1e-5)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(images), expected, atol=1e-5, rtol=1e-5)
+
+
+# A rank that is smaller than what is served.
+
+
+def served(state: AdapterState, name: str) -> np.ndarray:
+    """``R + s B A``, float64."""
+    A, B = (part[name].double().numpy() for part in (state.A, state.B))
+    change = state.scaling[name] * B @ A
+    if name in state.residual:
+        beside = state.residual[name]
+        U = beside.U.double().numpy()
+        change = change + (U if beside.V is None else U @ beside.V.double().numpy())
+    return change
+
+
+def peft_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def in_peft(folder: Path, name: str) -> np.ndarray:
+    """What PEFT's two files say of one layer: ``alpha / r B A``; float64."""
+    config = peft_config(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"].double().numpy() for f in "AB")
+    assert len(A) == B.shape[1] == config["r"]
+    return config["lora_alpha"] / config["r"] * B.reshape(len(B), -1) @ A.reshape(len(A), -1)
+
+
+@pytest.mark.parametrize("limit", [3, 4, 9])
+@pytest.mark.parametrize("kind", ["thin", "dense", "mixed"])
+def test_what_has_a_larger_rank_is_exported_as_its_best_approximation(
+    kind: str, limit: int, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora, target = trained(folder, kind), tmp_path / "adapter"
+    state = lora.state()
+    export_adapter(target, lora, state, {}, rank=limit)
+    told = json.loads((target / "fedlora.json").read_text())["peft"]
+    # Factors of rank 3 and a thin residual of rank 2 fit in 9, a dense one (24 x 40) does not.
+    fits = kind == "thin" and limit == 9
+    assert told["rank"] == peft_config(target)["r"] == (5 if fits else limit)
+    assert told["exact"] is fits
+    gap = tail = whole = 0.0
+    for name in state.A:
+        want, got = served(state, name), in_peft(target, name)
+        values = np.linalg.svd(want, compute_uv=False)
+        tail += np.sum(values[limit:] ** 2)
+        gap += np.linalg.norm(want - got) ** 2
+        whole += np.linalg.norm(want) ** 2
+    assert told["error"] == pytest.approx(0 if fits else (gap / whole) ** 0.5, rel=1e-9)
+    assert gap == pytest.approx(tail, rel=1e-6, abs=1e-9)
+    # PEFT serves what its files say.
+    model = load_peft(CLIPVisionModelWithProjection, folder, target, caplog)
+    for name in state.A:
+        weight = model.base_model.model.get_submodule(name).get_delta_weight("default")
+        np.testing.assert_allclose(weight.detach().numpy(), in_peft(target, name), atol=1e-5)
+    features = image_features(model, pixels())
+    distance = (features - our_features(lora)).abs().max()
+    assert distance < 1e-5 if fits else distance > 1e-3
+    merged = image_features(model.merge_and_unload(), pixels())
+    torch.testing.assert_close(merged, features, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["thin", "dense", "mixed"])
+def test_a_folder_of_limited_rank_brings_all_back(kind: str, folder: Path, tmp_path: Path) -> None:
+    lora = trained(folder, kind, target_components=["encoder", "classifier"])
+    state = lora.state()
+    export_adapter(tmp_path / "adapter", lora, state, {}, rank=3)
+    fresh = adapted(folder, target_components=["encoder", "classifier"])
+    load_adapter(tmp_path / "adapter", fresh)
+    for name in state.A:
+        np.testing.assert_array_equal(served(fresh.state(), name), served(state, name))
+    assert torch.equal(our_features(fresh), our_features(lora))
+    base = {name: W.double().numpy() for name, W in adapted(folder).base_weights().items()}
+    merged = fresh.merge_and_unload().state_dict()
+    for name, W0 in base.items():
+        want = (W0 + served(state, name)).astype(np.float32)
+        np.testing.assert_array_equal(merged[f"clip.{name}.weight"].numpy(), want)
+
+
+@pytest.mark.parametrize("limit", [None, 3, 5])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 1.0])
+def test_a_rank_that_is_enough_is_exact(
+    kept: float, limit: int | None, folder: Path, tmp_path: Path
+) -> None:
+    """What is stacked may cancel: the residual takes all, half or nothing of the factors back."""
+    lora = trained(folder, lora_alpha=7)
+    state = lora.state()
+    residual = {
+        name: Residual((kept - 1) * state.scaling[name] * B, state.A[name])
+        for name, B in state.B.items()
+    }
+    state = replace(state, residual=residual)
+    export_adapter(tmp_path / "adapter", lora, state, {}, rank=limit)
+    told = json.loads((tmp_path / "adapter/fedlora.json").read_text())["peft"]
+    assert told == {"rank": 6 if limit is None else limit, "exact": True, "error": 0.0}
+    for name in state.A:
+        want = kept * state.scaling[name] * state.B[name].double() @ state.A[name].double()
+        np.testing.assert_allclose(in_peft(tmp_path / "adapter", name), want, atol=2e-6)
+
+
+def test_without_a_residual_no_rank_is_cut(folder: Path, tmp_path: Path) -> None:
+    lora = trained(folder)
+    for rank, name in ((None, "whole"), (2, "limited")):
+        export_adapter(tmp_path / name, lora, lora.state(), {}, rank=rank)
+    for file in (tmp_path / "whole").iterdir():
+        assert file.read_bytes() == (tmp_path / "limited" / file.name).read_bytes()
+    assert "peft" not in json.loads((tmp_path / "whole/fedlora.json").read_text())
+
+
+def test_convolutions_of_limited_rank(tmp_path: Path) -> None:
+    lora = LoRAWrapper(
+        SmallResNet(), LoRAConfig(r=2, lora_dropout=0.0), targets=["conv", "block.conv"]
+    ).apply()
+    shake(lora)
+    lora.served.serve(residuals_of(lora))
+    state = lora.state()
+    export_adapter(tmp_path / "adapter", lora, state, {}, rank=2)
+    told = json.loads((tmp_path / "adapter/fedlora.json").read_text())["peft"]
+    loaded = PeftModel.from_pretrained(SmallResNet(), tmp_path / "adapter").base_model.model
+    gap = whole = 0.0
+    for name in state.A:
+        delta = loaded.get_submodule(name).get_delta_weight("default").detach().numpy()
+        want = served(state, name)
+        gap += np.linalg.norm(delta.reshape(want.shape) - want) ** 2
+        whole += np.linalg.norm(want) ** 2
+    assert told["error"] == pytest.approx((gap / whole) ** 0.5, rel=1e-5)
+    assert told["rank"] == 2
+    assert not told["exact"]
+
+
+# A rank and a scaling that are not the model's: those of a client.
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize(("rank", "scale"), [(2, 1.0), (2, 1.5), (1, 3.0), (0, 0.7)])
+def test_a_clients_adapter_has_its_own_rank_and_scaling(
+    rank: int,
+    scale: float,
+    use_rslora: bool,
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lora, target = trained(folder, use_rslora=use_rslora), tmp_path / "adapter"
+    state = lora.state().cut(rank, scale)
+    lora.load(state.padded(lora.state().ranks))
+    export_adapter(target, lora, state, {})
+    model = load_peft(CLIPVisionModelWithProjection, folder, target, caplog)
+    torch.testing.assert_close(
+        image_features(model, pixels()), our_features(lora), atol=1e-5, rtol=0
+    )
+    told, config = json.loads((target / "fedlora.json").read_text()), peft_config(target)
+    r = rank or 3
+    alpha = scale * 6 * ((r / 3) ** 0.5 if use_rslora else r / 3)
+    for settings in (told["lora"], config):
+        assert settings["r"] == r
+        assert settings["lora_alpha"] == pytest.approx(alpha, rel=1e-12)
+        assert settings["use_rslora"] is use_rslora
+    # A model with the settings that it names takes it, and counts the same.
+    fresh = adapted(folder, r=r, lora_alpha=told["lora"]["lora_alpha"], use_rslora=use_rslora)
+    load_adapter(target, fresh)
+    for name in state.A:
+        assert torch.equal(fresh.state().A[name], state.A[name])
+        assert torch.equal(fresh.state().B[name], state.B[name])
+    torch.testing.assert_close(our_features(fresh), our_features(lora), atol=1e-6, rtol=0)
+    _, again = exported(tmp_path / "again", fresh)
+    assert (told["counts"], told["bytes"]) == (again["counts"], again["bytes"])
+
+
+@pytest.mark.parametrize("alpha", [7, 7.0, 0.3])
+def test_the_settings_are_written_as_they_were_given(
+    alpha: float, folder: Path, tmp_path: Path
+) -> None:
+    lora = trained(folder, lora_alpha=alpha)
+    _, told = exported(tmp_path / "adapter", lora)
+    for settings in (told["lora"], peft_config(tmp_path / "adapter")):
+        assert repr(settings["lora_alpha"]) == repr(alpha)
+    assert told["lora"] == lora.config.to_dict()
+    state = read_adapter(tmp_path / "adapter").state
+    assert {name: state.scaling[name] for name in lora.scaling} == lora.scaling
+
+
+def test_layers_that_scale_differently(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lora, target = trained(folder, placement="all"), tmp_path / "adapter"
+    scaling = {name: 1.0 + i % 3 for i, name in enumerate(lora.layers)}
+    lora.load(replace(lora.state(), scaling=scaling))
+    state = lora.state()
+    exported(target, lora)
+    assert read_adapter(target).state.scaling == scaling
+    model = load_peft(CLIPVisionModelWithProjection, folder, target, caplog)
+    for name in state.A:
+        delta = model.base_model.model.get_submodule(name).get_delta_weight("default")
+        np.testing.assert_allclose(delta.detach().numpy(), served(state, name), atol=1e-5)
+
+
+def test_a_scaling_is_meant_for_no_layer_whose_name_only_ends_alike(tmp_path: Path) -> None:
+    lora = LoRAWrapper(
+        SmallResNet(), LoRAConfig(r=2, lora_dropout=0.0), targets=["conv", "block.conv", "fc"]
+    ).apply()
+    shake(lora)
+    scaling = {"conv": 3.0, "block.conv": 5.0, "fc": 5.0}
+    lora.load(replace(lora.state(), scaling=scaling))
+    exported(tmp_path / "adapter", lora)
+    assert read_adapter(tmp_path / "adapter").state.scaling == scaling
+    loaded = PeftModel.from_pretrained(SmallResNet(), tmp_path / "adapter").base_model.model
+    layers = {name: loaded.get_submodule(name) for name in scaling}
+    assert {name: layer.scaling["default"] for name, layer in layers.items()} == scaling
 
 
 def residuals_of(lora: LoRAWrapper) -> dict[str, Residual]:

@@ -21,6 +21,7 @@ def whole():
             "fc1": Residual(torch.ones(3, 1), torch.ones(1, 5)),
             "fc2": Residual(torch.eye(2)),
         },
+        added={"fc2": Residual(torch.ones(2, 1), torch.ones(1, 2))},
     )
 
 
@@ -43,10 +44,10 @@ def test_only(parts, expected):
     state = whole()
     cut = state.only(parts)
     assert names(cut) == expected
-    assert cut.residual == {}
+    assert cut.residual == cut.added == {}
     assert all(tensor is dict(state.tensors())[name] for name, tensor in cut.tensors())
     assert names(state) == ["A/fc1", "B/fc1", "other/head", "other/scale"]
-    assert len(state.residual) == 2
+    assert (len(state.residual), len(state.added)) == (2, 1)
 
 
 def test_over():
@@ -60,19 +61,20 @@ def test_over():
     assert set(both.other) == {"head", "scale", "new"}
     assert both.scaling == {"fc1": 4.0}
     assert both.residual == base.residual
+    assert both.added == base.added
     assert names(AdapterState().over(base)) == names(base.over(AdapterState())) == names(base)
 
 
 def test_over_takes_the_newer_residual():
     newer = Residual(torch.zeros(3, 5))
-    both = AdapterState(residual={"fc1": newer}).over(whole())
-    assert both.residual["fc1"] is newer
-    assert set(both.residual) == {"fc1", "fc2"}
+    both = AdapterState(residual={"fc1": newer}, added={"fc1": newer}).over(whole())
+    assert both.residual["fc1"] is both.added["fc1"] is newer
+    assert set(both.residual) == set(both.added) == {"fc1", "fc2"}
 
 
 def test_nbytes():
-    # 10 + 6 + 3 numbers, residuals of 3 + 5 and 4, all float32
-    assert whole().nbytes == (10 + 6 + 3 + 3 + 5 + 4) * 4
+    # 10 + 6 + 3 numbers, residuals of 3 + 5 and 4, 2 + 2 added, all float32
+    assert whole().nbytes == (10 + 6 + 3 + 3 + 5 + 4 + 2 + 2) * 4
     assert whole().only(["B"]).nbytes == 6 * 4
     assert AdapterState().nbytes == 0
 
@@ -99,11 +101,13 @@ def test_to_dict_survives_saving_without_pickle(tmp_path):
         assert torch.equal(left, right), name
         assert left.dtype == right.dtype
     assert back.scaling == state.scaling
-    assert back.residual.keys() == state.residual.keys()
     assert back.residual["fc2"].V is None
-    for name, residual in state.residual.items():
-        assert torch.equal(back.residual[name].dense(), residual.dense())
-        assert back.residual[name].nbytes == residual.nbytes
+    for part in ("residual", "added"):
+        assert getattr(back, part).keys() == getattr(state, part).keys()
+        for name, change in getattr(state, part).items():
+            found = getattr(back, part)[name]
+            assert torch.equal(found.dense(), change.dense())
+            assert found.nbytes == change.nbytes
 
 
 def test_states_are_frozen():
@@ -111,6 +115,131 @@ def test_states_are_frozen():
         whole().A = {}
     with pytest.raises(FrozenInstanceError):
         Round(0).idx = 1
+
+
+# Cut and padded.
+
+
+def layers(seed=0, ranks=(4, 2)):
+    """Two layers, of unequal ranks unless told, with numbers that float32 holds exactly."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return torch.from_numpy(rng.integers(-8, 9, shape).astype(np.float32))
+
+    shapes = dict(zip(("fc1", "fc2"), zip(ranks, (3, 6), (5, 7), strict=True), strict=True))
+    return AdapterState(
+        A={name: draw(r, n) for name, (r, _, n) in shapes.items()},
+        B={name: draw(m, r) for name, (r, m, _) in shapes.items()},
+        other={"head": draw(2)},
+        scaling={"fc1": 2.0, "fc2": 0.5},
+        residual={"fc1": Residual(draw(3, 5))},
+        added={"fc1": Residual(draw(3, 1), draw(1, 5))},
+    )
+
+
+def products(state):
+    """``s B A`` of each layer in numpy."""
+    return {
+        name: state.scaling[name] * state.B[name].double().numpy() @ state.A[name].double().numpy()
+        for name in state.A
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_a_cut_keeps_the_first_slots(rank, scale):
+    state = layers()
+    cut = state.cut(rank, scale)
+    for name in state.A:
+        assert torch.equal(cut.A[name], state.A[name][:rank])
+        assert torch.equal(cut.B[name], state.B[name][:, :rank] / scale)
+    assert cut.ranks == {"fc1": rank, "fc2": min(rank, 2)}
+    assert cut.scaling == {"fc1": 2.0 * scale, "fc2": 0.5 * scale}
+    assert cut.other is state.other
+    assert (cut.residual, cut.added) == (state.residual, state.added)
+
+
+@pytest.mark.parametrize("rank", [0, 4, 9])
+def test_a_cut_to_no_less_is_the_state_itself(rank):
+    state = layers()
+    assert state.cut(rank) is state
+
+
+@pytest.mark.parametrize("rank", [0, 4, 9])
+@pytest.mark.parametrize("scale", [2.0, 0.5, 3.0])
+def test_another_scaling_serves_the_same(rank, scale):
+    state = layers()
+    cut = state.cut(rank, scale)
+    assert cut.ranks == state.ranks
+    assert cut.scaling == {"fc1": 2.0 * scale, "fc2": 0.5 * scale}
+    for name, product in products(state).items():
+        np.testing.assert_allclose(products(cut)[name], product, rtol=1e-6, atol=1e-5)
+
+
+def test_what_a_cut_serves_is_the_sum_over_its_slots():
+    state = layers()
+    for name, found in products(state.cut(2, 4.0)).items():
+        A, B = state.A[name].double().numpy(), state.B[name].double().numpy()
+        want = state.scaling[name] * sum(np.outer(B[:, i], A[i]) for i in range(2))
+        np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("parts", [["A"], ["B"], ["other"], ["A", "other"], []])
+def test_part_of_a_state_is_cut_alike(parts):
+    state = layers()
+    one, other = state.only(parts).cut(2, 4.0), state.cut(2, 4.0).only(parts)
+    assert names(one) == names(other)
+    for (name, left), (_, right) in zip(one.tensors(), other.tensors(), strict=True):
+        assert torch.equal(left, right), name
+    assert one.scaling == other.scaling
+
+
+def test_a_cut_leaves_its_state_alone():
+    state, same = layers(), layers()
+    state.cut(1, 2.0)
+    for (name, left), (_, right) in zip(state.tensors(), same.tensors(), strict=True):
+        assert torch.equal(left, right), name
+    assert state.scaling == same.scaling
+
+
+def test_padding_adds_slots_of_zeros():
+    state = layers()
+    padded = state.padded({"fc1": 4, "fc2": 5, "fc3": 1})
+    assert padded.A["fc1"] is state.A["fc1"]
+    assert padded.B["fc1"] is state.B["fc1"]
+    assert torch.equal(padded.A["fc2"][:2], state.A["fc2"])
+    assert torch.equal(padded.B["fc2"][:, :2], state.B["fc2"])
+    assert tuple(padded.A["fc2"].shape) == (5, 7)
+    assert tuple(padded.B["fc2"].shape) == (6, 5)
+    assert not padded.A["fc2"][2:].any()
+    assert not padded.B["fc2"][:, 2:].any()
+    assert (padded.scaling, padded.residual) == (state.scaling, state.residual)
+    for name, product in products(state).items():
+        np.testing.assert_array_equal(products(padded)[name], product)
+
+
+@pytest.mark.parametrize("parts", [["A"], ["B", "other"]])
+def test_part_of_a_state_is_padded(parts):
+    padded = layers().only(parts).padded({"fc1": 6, "fc2": 6})
+    assert names(padded) == names(layers().only(parts))
+    assert padded.ranks == {"fc1": 6, "fc2": 6}
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(1, 1.0), (2, 4.0), (3, 0.5)])
+def test_cut_then_padded_has_the_shapes_from_before_and_serves_the_cut(rank, scale):
+    state = layers()
+    cut = state.cut(rank, scale)
+    back = cut.padded(state.ranks)
+    assert [tuple(t.shape) for _, t in back.tensors()] == [
+        tuple(t.shape) for _, t in state.tensors()
+    ]
+    for name, product in products(cut).items():
+        np.testing.assert_array_equal(products(back)[name], product)
+    again = back.cut(rank)
+    for name in state.A:
+        assert torch.equal(again.A[name], cut.A[name])
+        assert torch.equal(again.B[name], cut.B[name])
 
 
 # The residual.

@@ -29,6 +29,7 @@ FREE = (
     "trainer.logger",
     "trainer.progress",
     "trainer.default_root_dir",
+    "trainer.averaging.init_args.export_rank",  # of files that are derived
     "data.cache_dir",
     "data.cache_gb",
     "model.adapter",  # where a run started from: its checkpoint has all that came of it

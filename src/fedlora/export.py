@@ -18,6 +18,7 @@ from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.compatibility import heads
 from fedlora.modules.peft_files import PREFIX, WEIGHTS
 from fedlora.modules.saved import ABOUT, CLASSIFIER, FORMAT, OTHER, RESIDUAL
+from fedlora.peft_factors import peft_factors, scaling_settings
 from fedlora.state import AdapterState
 
 if TYPE_CHECKING:
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 
 def export_adapter(
-    folder: Path, lora: LoRAWrapper, adapter: AdapterState, about: Mapping[str, Any]
+    folder: Path,
+    lora: LoRAWrapper,
+    adapter: AdapterState,
+    about: Mapping[str, Any],
+    rank: int | None = None,
 ) -> None:
     """Write an adapter, replacing ``folder`` as a whole.
 
@@ -35,26 +40,31 @@ def export_adapter(
     - ``classifier.safetensors``: a head that is part of a FederatedCLIPModel or has LoRA, as it is
       served (``weight``, ``bias``); with LoRA also ``base_weight``, ``lora_A``, ``lora_B``.
     - ``other.safetensors``: all else that is learned, under its own name.
-    - ``residual.safetensors``: with a residual, factors and residual apart. PEFT's file holds
-      their sum, from which they cannot be had back.
-    - ``fedlora.json``: what the adapter belongs to, and the hashes of all other files.
+    - ``residual.safetensors``: with a residual, factors and residual apart, to the bit. PEFT's
+      file holds their sum, from which they cannot be had back.
+    - ``fedlora.json``: what the adapter belongs to, and the hashes of all other files; with a
+      residual under ``peft`` the ``rank`` of PEFT's file, whether it is ``exact``, and its
+      ``error``: ``||served - exported||_F / ||served||_F`` over the layers in it together.
 
     Args:
         folder: the folder to replace.
         lora: the model that the adapter belongs to; applied, and on.
         adapter: the global adapter, residual included.
         about: what ``fedlora.json`` says besides (round, rule …).
+        rank: the largest rank of PEFT's file, which with a residual may need more: it then holds
+            the best approximation of this rank. None: whatever is exact.
 
     Raises:
         FedloraError: when it cannot be written; ``folder`` is then as it was.
     """
-    report = lora.report()
     described = lora.describe()
+    counts, nbytes = _counts(lora, adapter)
     with swapped_folder(folder) as fresh:
         rest = dict(adapter.other)
+        peft: dict[str, Any] = {}
         head = _write_head(fresh / CLASSIFIER, lora, adapter, rest)
         if lora.config.enabled:
-            known = _write_peft(fresh, lora, adapter, described["base_model"])
+            known, peft = _write_peft(fresh, lora, adapter, described["base_model"], rank)
         else:
             known = _write_model(fresh / "model", lora.model, adapter)
         _save(fresh / OTHER, {name: t for name, t in rest.items() if name not in known})
@@ -64,15 +74,11 @@ def export_adapter(
             "fedlora": version("fedlora"),
             **about,
             **described,
-            "lora": lora.config.to_dict(),
+            "lora": _settings(lora, adapter),
             **({"head_lora": head} if head else {}),
-            "counts": {
-                "total": report.total,
-                "adapter": report.adapter,
-                "full": report.full,
-                "exchanged": report.exchanged,
-            },
-            "bytes": report.exchanged_nbytes,
+            **({"peft": peft} if peft else {}),
+            "counts": counts,
+            "bytes": nbytes,
             "sha256": {path.relative_to(fresh).as_posix(): sha256(path) for path in files},
         }
         text = json.dumps(content, indent=2, ensure_ascii=False)
@@ -82,8 +88,14 @@ def export_adapter(
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    if tensors:
-        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        # safetensors refuses tensors that share memory, as a residual may with the factors.
+        start = tensor.untyped_storage().data_ptr()
+        whole[name] = (tensor.clone() if start in seen else tensor).contiguous()
+        seen.add(start)
+    if whole:
         save_file(whole, file, metadata={"format": "pt"})
 
 
@@ -123,25 +135,66 @@ def _write_head(
     }
 
 
+def _counts(lora: LoRAWrapper, adapter: AdapterState) -> tuple[dict[str, int], int]:
+    """How much there is and travels, and in how many bytes, of an adapter that may be smaller."""
+    report, travels = lora.report(), {id(tensor) for tensor in lora.travels().values()}
+    adapted = exchanged = nbytes = 0
+    for part in ("A", "B"):
+        for name, own in lora.parameters[part].items():
+            spared = own.numel() - adapter.part(part).get(name, own).numel()
+            adapted += spared
+            exchanged += spared * (id(own) in travels)
+            nbytes += spared * (id(own) in travels) * own.element_size()
+    counts = {
+        "total": report.total,
+        "adapter": report.adapter - adapted,
+        "full": report.full,
+        "exchanged": report.exchanged - exchanged,
+    }
+    return counts, report.exchanged_nbytes - nbytes
+
+
+def _settings(lora: LoRAWrapper, adapter: AdapterState) -> dict[str, Any]:
+    """The config that a model needs for this adapter to fit: a client may have a rank of its own.
+
+    A head beside the encoder has its own preset, which no setting changes.
+    """
+    beside = heads(lora)
+    names = [name for name in adapter.A if name not in beside] or list(adapter.A)
+    if not names:
+        return lora.config.to_dict()
+    rank = max(adapter.A[name].shape[0] for name in names)
+    scaling = {name: adapter.scaling[name] for name in names}
+    found = scaling_settings(lora.config, scaling, rank)
+    return lora.config.to_dict() | {name: found[name] for name in ("r", "lora_alpha")}
+
+
 def _write_peft(
-    folder: Path, lora: LoRAWrapper, adapter: AdapterState, base_model: str
-) -> frozenset[str]:
-    """Write PEFT's two files; returns the names in ``other`` that are at home in them."""
+    folder: Path,
+    lora: LoRAWrapper,
+    adapter: AdapterState,
+    base_model: str,
+    limit: int | None = None,
+) -> tuple[frozenset[str], dict[str, Any]]:
+    """Write PEFT's two files, and factors and residual apart where there is one.
+
+    Returns:
+        The names in ``other`` that are at home in them; what ``fedlora.json`` says of them.
+    """
     from peft import LoraConfig
 
     beside = heads(lora)
-    factors = {name: _factors(adapter, name) for name in adapter.A if name not in beside}
+    names = [name for name in adapter.A if name not in beside]
     if adapter.residual:
         _save(folder / RESIDUAL, _apart(adapter))
-    if not factors:
-        return frozenset()
-    r = max(A.shape[0] for A, _ in factors.values())
-    config = lora.config
-    served = bool(adapter.residual)
+    if not names:
+        return frozenset(), {}
+    factors = peft_factors(adapter, names, limit)
+    r, config = factors.rank, lora.config
     tensors = {}
-    for name, (A, B) in factors.items():
+    for name in names:
+        A, B = factors.A[name], factors.B[name]
         kernel = lora.layers[name].get_base_layer().weight.shape[2:]
-        A, B = _pad(A, r, 0), _pad(B, r, 1)
         if kernel:  # PEFT's factors of a convolution: A has the kernel, B is one by one
             A, B = A.view(r, -1, *kernel), B.view(*B.shape, *(1 for _ in kernel))
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
@@ -150,21 +203,25 @@ def _write_peft(
     for name, tensor in inside.items():
         # PEFT wraps an adapted layer, and ignores the bias under its plain name silently.
         layer = name.removesuffix(".bias")
-        name = f"{layer}.base_layer.bias" if layer in factors else name
+        name = f"{layer}.base_layer.bias" if layer in names else name
         tensors[f"{PREFIX}{name}"] = tensor
+    if adapter.residual:  # the scaling is inside the factors: alpha = r scales by 1
+        scaled: dict[str, Any] = {"r": r, "lora_alpha": r}
+    else:
+        scaled = scaling_settings(config, {name: adapter.scaling[name] for name in names}, r)
     LoraConfig(
-        r=r,
-        # With a residual the scaling is inside the factors: alpha = r scales by 1.
-        lora_alpha=r if served else config.lora_alpha,  # type: ignore[arg-type]
-        use_rslora=False if served else config.use_rslora,
+        **scaled,
         lora_dropout=config.lora_dropout,
         bias=config.bias,
-        target_modules=_targets(lora, list(factors)),
+        target_modules=_targets(lora, names),
         base_model_name_or_path=base_model,
         inference_mode=True,
     ).save_pretrained(str(folder))
     _save(folder / WEIGHTS, tensors)
-    return frozenset(n for n in inside if config.bias != "none" and n.endswith("bias"))
+    known = frozenset(n for n in inside if config.bias != "none" and n.endswith("bias"))
+    error = factors.error
+    told = {} if error is None else {"rank": r, "exact": error == 0, "error": error}
+    return known, told
 
 
 def _inside(lora: LoRAWrapper, adapter: AdapterState) -> dict[str, Tensor]:
@@ -199,36 +256,6 @@ def _apart(adapter: AdapterState) -> dict[str, Tensor]:
             if residual.V is not None:
                 tensors[f"{name}.V"] = residual.V
     return tensors
-
-
-def _factors(adapter: AdapterState, name: str) -> tuple[Tensor, Tensor]:
-    """A and B of one layer; with a residual such that B A is all that is served beside W0."""
-    A, B = adapter.A[name], adapter.B[name]
-    if not adapter.residual:
-        return A, B
-    scaled = B.double() * adapter.scaling[name]
-    if name not in adapter.residual:
-        return A, scaled.float()
-    residual = adapter.residual[name].to(torch.float64)
-    stacked = A.shape[0] + residual.U.shape[1]
-    if residual.V is not None and stacked < min(residual.shape):
-        return torch.cat([A, residual.V.float()]), torch.cat([scaled, residual.U], 1).float()
-    # At full rank one factor is the identity and the other the whole change: exact, and no SVD.
-    change = (residual.dense() + scaled @ A.double()).float()
-    out_features, in_features = change.shape
-    if out_features <= in_features:
-        return change, torch.eye(out_features)
-    return torch.eye(in_features), change
-
-
-def _pad(factor: Tensor, rank: int, dim: int) -> Tensor:
-    """Zeros in the unused slots: PEFT's file has one rank."""
-    missing = rank - factor.shape[dim]
-    if not missing:
-        return factor.contiguous()
-    shape = list(factor.shape)
-    shape[dim] = missing
-    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 def _write_model(folder: Path, model: Any, adapter: AdapterState) -> frozenset[str]:

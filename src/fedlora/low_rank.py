@@ -31,19 +31,24 @@ def svd(change: Residual) -> tuple[Tensor, Tensor, Tensor]:
     return before @ left, values, right @ after.T
 
 
-def truncate(change: Residual, dtype: torch.dtype, rank: int | None = None) -> Residual:
+def truncate(
+    change: Residual, dtype: torch.dtype, rank: int | None = None, beside: float = 0.0
+) -> Residual:
     """The nearest change of at most this rank, in the smaller form.
 
     Args:
         change: (out_features, in_features).
         dtype: of the result.
         rank: largest rank; None leaves out only what is below the rounding of ``dtype``.
+        beside: largest singular value of what it is served beside. A difference of products that
+            nearly cancel holds their rounding, which is below that of this value.
     """
     if change.V is None and rank is None:
         return change.to(dtype)
     left, values, right = svd(change)
     # A sum of products has at most the rank of its terms; what is left of the others is noise.
-    kept = int((values > torch.finfo(dtype).eps * values[:1]).sum())
+    noise = torch.finfo(dtype).eps * values[:1].clamp(min=beside)
+    kept = int((values > noise).sum())
     kept = kept if rank is None else min(kept, rank)
     return smaller(Residual(left[:, :kept] * values[:kept], right[:kept])).to(dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from fedlora.aggregation import RULES
@@ -51,11 +52,11 @@ def assign_ranks(
             )
         return list(clients)
     given = [config.r] * len(clients) if ranks is None else _listed(ranks, clients, seed)
-    wrong = [rank for rank in given if not 1 <= rank <= config.r]
+    wrong = [rank for rank in given if not (isinstance(rank, int) and 1 <= rank <= config.r)]
     if wrong:
         raise FedloraError(
-            f"trainer.client_ranks must be between 1 and model.lora.r={config.r}, got {wrong[0]}. "
-            "Lower it, or set model.lora.r to the largest."
+            f"trainer.client_ranks must be whole numbers from 1 to model.lora.r={config.r}, got "
+            f"{wrong[0]}. Change it, or set model.lora.r to the largest."
         )
     if not rule.mixed_ranks and any(rank != config.r for rank in given):
         able = ", ".join(name for name, known in RULES.items() if known.mixed_ranks)
@@ -76,10 +77,10 @@ def assign_ranks(
 
 
 def _listed(ranks: Ranks, clients: Sequence[Client], seed: int) -> list[int]:
-    if isinstance(ranks, int):
-        return [ranks] * len(clients)
     if isinstance(ranks, Mapping):
         return _drawn(ranks, clients, seed)
+    if not isinstance(ranks, Sequence):
+        return [ranks] * len(clients)
     if len(ranks) != len(clients):
         raise FedloraError(
             f"trainer.client_ranks lists {len(ranks)} ranks for {len(clients)} clients. Give one "
@@ -90,17 +91,16 @@ def _listed(ranks: Ranks, clients: Sequence[Client], seed: int) -> list[int]:
 
 def _drawn(shares: Mapping[int, float], clients: Sequence[Client], seed: int) -> list[int]:
     """Each rank for its share of the clients, to the nearest client."""
-    total = sum(shares.values())
-    if not total > 0 or not all(0 <= share < math.inf for share in shares.values()):
+    reached = list(accumulate(shares.values(), initial=0.0))
+    total = reached[-1]  # NaN where a share is
+    if not 0 < total < math.inf or min(shares.values()) < 0:
         raise FedloraError(
             "trainer.client_ranks must give ranks shares of 0 or more, such as "
             f"'{{4: 0.5, 8: 0.5}}', got {dict(shares)}."
         )
     order = sorted(clients, key=lambda client: derive_seed(seed, "rank", client.id))
     found: dict[int, int] = {}
-    reached = 0.0
-    for rank, share in shares.items():
-        reached += share
-        for client in order[len(found) : round(len(order) * reached / total)]:
+    for rank, share in zip(shares, reached[1:], strict=True):
+        for client in order[len(found) : round(len(order) * share / total)]:
             found[client.id] = rank
     return [found[client.id] for client in clients]

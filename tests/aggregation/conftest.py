@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora.aggregation import FedAvg, FedExLoRA, FedSALoRA, FFALoRA
+from fedlora.aggregation import RULES
 
 
-@pytest.fixture(params=[FedAvg, FFALoRA, FedExLoRA, FedSALoRA], ids=lambda rule: rule.__name__)
+@pytest.fixture(params=RULES.values(), ids=RULES)
 def make_rule(request):
     """The class of each rule in turn."""
     return request.param

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fedlora.aggregation import FedSALoRA
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.progress import Progress
 from fedlora.modules.report import readable
+from tests.padded_mean import PaddedMean
 from tests.runs import fit, make_data, make_model, make_trainer
 
 
@@ -18,10 +20,43 @@ def test_plain_lines_are_one_a_round(tmp_path: Path, capsys: pytest.CaptureFixtu
     starts = [line.split("  ")[0] for line in lines if line.startswith("round ")]
     assert starts == ["round 0/2", "round 1/2", "round 2/2"]
     said = "\n".join(lines)
-    for shown in ("tiny-clip", "FedAvg", "each way", "3 a round", "zero-shot", "test/acc"):
+    for shown in ("tiny-clip", "FedAvg", "down in round 0", "3 a round", "zero-shot", "test/acc"):
         assert shown in said
+    last = trainer.server.history[-1]
+    for label, name in (
+        ("agg error", "agg/error"),
+        ("rank", "agg/effective_rank"),
+        ("drift", "clients/drift_max"),
+    ):
+        assert f"  {label} {last[name]:.4f}  " in said
+        assert f"  {label} " not in lines[starts_at(lines, "round 0/2")]
     log = (trainer.run.path / "fedlora.log").read_text()
     assert "round 2/2" in log
+
+
+def starts_at(lines: list[str], start: str) -> int:
+    return next(number for number, line in enumerate(lines) if line.startswith(start))
+
+
+def test_a_personal_rule_has_no_figures_of_the_average(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, FedSALoRA(), max_rounds=1, limit_train_batches=1, progress="plain")
+    lines = capsys.readouterr().out.splitlines()
+    line = lines[starts_at(lines, "round 1/1")]
+    assert "train loss" in line
+    assert not any(label in line for label in ("agg error", "rank", "drift"))
+
+
+@pytest.mark.parametrize(("ranks", "said"), [([1, 2, 4], True), (None, False), (2, False)])
+def test_the_start_table_tells_unequal_ranks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: list[int] | int | None, said: bool
+) -> None:
+    settings = {"max_rounds": 1, "limit_train_batches": 1, "progress": "plain"}
+    fit(tmp_path, PaddedMean(), client_ranks=ranks, **settings)
+    # the cell of a table is broken over lines
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert ("of rank 1 to 4" in out) == said
 
 
 def test_the_start_table_counts_what_is_trained_and_sent(

@@ -140,7 +140,8 @@ class WeightedMean(Aggregator):
         for name, value in sums.items():
             part, path = name.split("/", 1)
             means[part][path] = (value / total).to(dtypes[name])
-        return AdapterState(means["A"], means["B"], means["other"]).over(server)
+        mean = AdapterState(means["A"], means["B"], means["other"]).over(server)
+        return replace(mean, added={})  # the residual stayed as it was
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
@@ -159,9 +160,20 @@ class ProductMean:
         self._sums: dict[str, Residual] = {}
 
     def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
-        """Pass the updates on, adding up their products."""
+        """Pass the updates on, adding up their products.
+
+        Raises:
+            FedloraError: when two clients send factors of other layers.
+        """
+        layers: tuple[set[str], ...] | None = None
         for update in updates:
-            adapter = update.adapter
+            adapter, sent = update.adapter, (set(update.payload.A), set(update.payload.B))
+            layers = layers or sent
+            if sent != layers:
+                raise FedloraError(
+                    f"{update.client} sent factors of other layers than the client before. Adapt "
+                    "the same layers on all clients."
+                )
             for name in adapter.A if update.weight else ():
                 term = product(adapter, name, update.weight)
                 old = self._sums.get(name)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fedlora.aggregation.base import ProductMean, WeightedMean, check_least, grown
-from fedlora.low_rank import truncate
-from fedlora.state import AdapterState, ClientUpdate, Round
+from fedlora.aggregation.base import ProductMean, WeightedMean, check_least, grown, product
+from fedlora.low_rank import svd, truncate
+from fedlora.state import AdapterState, ClientUpdate, Residual, Round
 
 
 class FedExLoRA(WeightedMean):
@@ -36,7 +36,11 @@ class FedExLoRA(WeightedMean):
         products = ProductMean()
         mean = super().aggregate(server, products.watch(updates), rnd)
         lost = {
-            name: truncate(change, mean.A[name].dtype, self.residual_rank)
-            for name, change in products.minus(mean).items()
+            name: self._cut(change, mean, name) for name, change in products.minus(mean).items()
         }
         return grown(server, mean, lost)
+
+    def _cut(self, change: Residual, mean: AdapterState, name: str) -> Residual:
+        # Where clients hardly differ, the rounding of the means would fill as many columns again.
+        served = float(svd(product(mean, name))[1][0])
+        return truncate(change, mean.A[name].dtype, self.residual_rank, beside=served)

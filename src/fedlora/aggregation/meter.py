@@ -38,8 +38,8 @@ class AggregationMeter:
     """Estimates how far a rule is from the ideal average, and what that average is like.
 
     I is the ideal ``sum_k p_k (R_k + s_k B_k A_k)`` and S what the new adapter serves beside the
-    frozen weights, ``R' + s' B' A'``. Both are only ever multiplied with a fixed seeded Gaussian
-    matrix Z of 32 columns per layer (E ||M Z||^2 = 32 ||M||^2), so memory does not grow with
+    frozen weights, ``R' + s' B' A'``. Both are only ever multiplied with a fixed matrix Z of 32
+    columns of seeded signs per layer (E ||M Z||^2 = 32 ||M||^2), so memory does not grow with
     clients, and the estimate of the error is zero, up to rounding, exactly where I = S.
     """
 
@@ -66,11 +66,12 @@ class AggregationMeter:
             if name not in adapter.B:
                 continue
             term = self._product(adapter, name)
-            moved += (term - self._sent(sent, name)).square().sum().item() / COLUMNS
-            _accumulate(self._products, name, term.mul_(update.weight))
+            _accumulate(self._products, name, term, update.weight)
+            # In place: a fresh tensor of this size costs more than what is computed in it.
+            moved += _square(term.sub_(self._sent(sent, name))) / COLUMNS
             if name in adapter.residual:
                 beside = self._residual(adapter.residual[name], name)
-                _accumulate(self._residuals, name, beside * update.weight)
+                _accumulate(self._residuals, name, beside, update.weight)
         self._total += update.weight
         self._drifts.append(moved**0.5)
 
@@ -88,8 +89,8 @@ class AggregationMeter:
             got = self._product(served, name)
             if name in served.residual:
                 got = got.add_(self._residual(served.residual[name], name))
-            lost += (want - got).square().sum().item()
-            ideal += want.square().sum().item()
+            ideal += _square(want)
+            lost += _square(got.sub_(want))
             ranks += _participation(product)
         return Figures(
             error=0.0 if ideal == 0.0 else (lost / ideal) ** 0.5,
@@ -101,7 +102,7 @@ class AggregationMeter:
     def _product(self, adapter: AdapterState, name: str) -> Tensor:
         """``s B A Z`` of one layer: (out_features, 32), float64, a fresh tensor."""
         A, B = adapter.A[name].double(), adapter.B[name].double()
-        return B @ (A @ self._z(name, A.shape[1])) * adapter.scaling[name]
+        return B @ (A @ self._z(name, A.shape[1]) * adapter.scaling[name])
 
     def _sent(self, sent: AdapterState, name: str) -> Tensor:
         A, B = sent.A[name], sent.B[name]
@@ -123,22 +124,30 @@ class AggregationMeter:
     def _z(self, name: str, columns: int) -> Tensor:
         if name not in self._basis:
             generator = torch.Generator().manual_seed(derive_seed("sketch", name))
-            self._basis[name] = torch.randn(
-                columns, COLUMNS, generator=generator, dtype=torch.float64
-            )
+            shape = (columns, COLUMNS)
+            # Signs and not normal values: what a single column adds to the norm is then exact.
+            ones = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
+            self._basis[name] = ones.double().mul_(2).sub_(1)
         return self._basis[name]
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
-    old = sums.get(name)
-    sums[name] = term if old is None else old.add_(term)
+def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor, weight: float) -> None:
+    if name in sums:
+        sums[name].add_(term, alpha=weight)
+    else:
+        sums[name] = term * weight
+
+
+def _square(sketch: Tensor) -> float:
+    """The squared Frobenius norm."""
+    return float(torch.linalg.vector_norm(sketch)) ** 2
 
 
 def _participation(sketch: Tensor) -> list[float]:
     """The effective rank of M from ``M Z``; none where M is zero.
 
-    For Gaussian z_i, z_j: E (z_i^T G z_j)^2 = sum sigma^4 and E z_i^T G z_i z_j^T G z_j = (sum
-    sigma^2)^2 with G = M^T M, so both are means over the pairs of different columns.
+    With G = M^T M and independent z_i, z_j of covariance 1: E (z_i^T G z_j)^2 = sum sigma^4 and
+    E z_i^T G z_i z_j^T G z_j = (sum sigma^2)^2, so both are means over the pairs of columns.
     """
     products = sketch.T @ sketch
     norms = products.diagonal()

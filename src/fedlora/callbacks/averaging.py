@@ -13,6 +13,8 @@ from fedlora.state import AdapterState, ClientUpdate, Round
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+    from fedlora.modules.config import LoRAConfig
+
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
@@ -23,9 +25,13 @@ class AdapterAveraging(FederatedCallback):
         aggregator: the rule; None means :class:`~fedlora.aggregation.FedAvg`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         precision: of the forward and backward pass; parameters and averages stay float32.
+        export_rank: the largest rank that PEFT's files of a run's ``adapter/`` may have. A rule
+            with a residual can serve more than that: the files then hold the best approximation of
+            this rank, and ``fedlora.json`` says how far it is off. None: whatever it takes to be
+            exact. What fedlora itself loads is exact in any case.
 
     Raises:
-        FedloraError: for a precision that does not exist.
+        FedloraError: for a precision that does not exist, and an export_rank below 1.
     """
 
     def __init__(
@@ -33,15 +39,22 @@ class AdapterAveraging(FederatedCallback):
         aggregator: Aggregator | None = None,
         gradient_checkpointing: bool = False,
         precision: Precision = "32-true",
+        export_rank: int | None = None,
     ) -> None:
         allowed = ("32-true", "bf16-mixed", "16-mixed")
         if precision not in allowed:
             raise FedloraError(
                 f"averaging.precision should be one of {', '.join(allowed)} but got {precision!r}."
             )
+        if export_rank is not None and export_rank < 1:
+            raise FedloraError(
+                f"averaging.export_rank must be at least model.lora.r, got {export_rank}. Leave it "
+                "out for an exact export."
+            )
         self.aggregator = FedAvg() if aggregator is None else aggregator
         self.gradient_checkpointing = gradient_checkpointing
         self.precision: Precision = precision
+        self.export_rank = export_rank
 
     def check_device(self, device_type: str) -> None:
         """Refuse a precision that the device lacks; called before Fabric is built from it.
@@ -65,12 +78,32 @@ class AdapterAveraging(FederatedCallback):
             )
 
     def setup(self, trainer: object, pl_module: LightningModule, stage: str) -> None:
-        """Switch gradient checkpointing in the model on or off."""
+        """Switch gradient checkpointing in the model on or off.
+
+        Raises:
+            FedloraError: for an export_rank that the adapter itself does not fit in.
+        """
         lora = getattr(pl_module, "lora", None)
+        if lora is not None:
+            self._check_export(lora.config)
         if lora is not None and self.gradient_checkpointing:
             lora.enable_gradient_checkpointing()
         elif lora is not None:
             lora.disable_gradient_checkpointing()
+
+    def _check_export(self, config: LoRAConfig) -> None:
+        if self.export_rank is None:
+            return
+        if not config.enabled:
+            raise FedloraError(
+                "averaging.export_rank is about LoRA, which is off here (lora.enabled=false). "
+                "Leave it out."
+            )
+        if self.export_rank < config.r:
+            raise FedloraError(
+                f"averaging.export_rank must be at least model.lora.r={config.r}, got "
+                f"{self.export_rank}. Raise it, or leave it out for an exact export."
+            )
 
     def average(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round

@@ -138,7 +138,8 @@ class Progress(FederatedCallback):
                 "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
-                "traffic per client and round": f"{readable(up)} up, {readable(down)} down",
+                "traffic per client and round": f"{readable(up)} up; {readable(down)} down in "
+                f"round {rnd.idx}",
                 "data": trainer.datamodule.source.summary(),
                 "pictures": trainer.datamodule.holdings.summary(),
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "

@@ -54,7 +54,7 @@ class SequentialEngine:
         self, client: Client, rnd: Round, server: ServerState, rule: Aggregator
     ) -> tuple[AdapterState, int]:
         """Load what a client starts from; returns its public part and the bytes that travelled."""
-        client = replace(client, last_round=server.received.get(client.id))
+        client = _known(client, server)
         down = rule.distribute(server.adapter, client, rnd)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
@@ -68,7 +68,7 @@ class SequentialEngine:
     ) -> Generator[ClientUpdate, None, None]:
         """Train each chosen client and yield what it sends, in their order."""
         trainable, shared = rule.trainable(rnd), rule.shared(rnd)
-        for client in chosen:
+        for client in (_known(client, server) for client in chosen):
             self.on_start(client)
             began = time.perf_counter()
             sent, down_nbytes = self.load(client, rnd, server, rule)
@@ -105,3 +105,8 @@ class SequentialEngine:
     ) -> None:
         if private:
             self.store.write(client.id, rnd.idx + 1, trained.only(private))
+
+
+def _known(client: Client, server: ServerState) -> Client:
+    """The client with the round in which it was last sent anything."""
+    return replace(client, last_round=server.received.get(client.id))

@@ -1,0 +1,78 @@
+"""Checks of what travels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora.aggregation.base import Aggregator
+from fedlora.state import AdapterState, Round
+from fedlora.testing.compare import differences, require
+from fedlora.testing.federation import Outcome, Trial, Turn
+
+
+def receive(had: AdapterState, down: AdapterState, rnd: Round) -> AdapterState:  # noqa: ARG001
+    """What a client makes of what it has and what it is sent, unless its rule says otherwise.
+
+    Factors and head: what came, else what it had. Residual: what came whole, else what it had with
+    what was added.
+    """
+    residual = dict(had.residual)
+    for name, change in down.added.items():
+        old = residual.get(name)
+        residual[name] = change if old is None else old.add(change)
+    residual.update(down.residual)
+    return replace(down.over(had), residual=residual, added={})
+
+
+def payload(trial: Trial) -> None:
+    """What is shared leaves the client, whole and alone; what else it trained does not."""
+    for rule, outcome in trial.rounds():
+        for turn in outcome.turns:
+            _leaves(rule, outcome, turn)
+
+
+def _leaves(rule: Aggregator, outcome: Outcome, turn: Turn) -> None:
+    shared, sent = rule.shared(outcome.rnd), turn.update.payload
+    got, want = (dict(state.tensors()) for state in (sent, turn.trained.only(shared)))
+    when = f"in round {outcome.rnd.idx}"
+    more, less = sorted(got.keys() - want.keys()), sorted(want.keys() - got.keys())
+    require(not more, f"upload() sends {', '.join(more)} {when}, which shared() does not name")
+    require(not less, f"upload() does not send {', '.join(less)} {when}, which shared() names")
+    for name, tensor in got.items():
+        form, right = tuple(tensor.shape), tuple(want[name].shape)
+        require(form == right, f"upload() sends {name} of shape {form}, not {right}, {when}")
+        kind = want[name].dtype
+        require(tensor.dtype == kind, f"upload() sends {name} as {tensor.dtype} {when}")
+    nbytes = sum(tensor.nbytes for tensor in got.values())
+    require(sent.nbytes == nbytes, f"upload() sends a residual {when}")
+    scaling = dict(turn.update.adapter.scaling)
+    require(scaling == dict(turn.trained.scaling), f"upload() sends another scaling {when}")
+
+
+def distribution(trial: Trial) -> None:
+    """With what it knows already, a client gets to the server's adapter by what it is sent.
+
+    It knows the adapter of :meth:`Aggregator.start` and what it was sent in the rounds that it
+    played in; it may have missed any.
+    """
+    federation = trial.start()
+    first = federation.server
+    has: dict[int, AdapterState] = {}
+    for _ in range(trial.case.rounds + 1):
+        outcome = federation.play()
+        for turn in outcome.turns:
+            client = turn.update.client
+            had = has.get(client.id, first.cut(client.rank, client.scale))
+            has[client.id] = got = trial.receive(had, turn.down, outcome.rnd)
+            want = outcome.before.cut(client.rank, client.scale)
+            what = differences(replace(got, added={}), replace(want, added={}))
+            require(
+                not what,
+                f"client {client.id} does not get to {'; '.join(what)} in round {outcome.rnd.idx}: "
+                f"distribute() sent {_named(turn.down)}",
+            )
+
+
+def _named(down: AdapterState) -> str:
+    fields = ("A", "B", "other", "residual", "added")
+    return ", ".join(name for name in fields if getattr(down, name)) or "nothing"
