@@ -306,3 +306,8 @@ def test_a_mistake_is_one_line_and_no_run(folder, capsys, args, code, said):
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not Path("runs").exists()
+
+
+def test_an_alpha_without_ranks_is_refused():
+    with pytest.raises(FedloraError, match=r"client_alpha=fixed is about .* set trainer.client_ra"):
+        assign(None, alpha="fixed")

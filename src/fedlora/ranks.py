@@ -51,6 +51,11 @@ def assign_ranks(
                 "it out."
             )
         return list(clients)
+    if ranks is None and alpha == "fixed":
+        raise FedloraError(
+            "trainer.client_alpha=fixed is about clients of other ranks than the server: set "
+            "trainer.client_ranks, or leave it out."
+        )
     given = [config.r] * len(clients) if ranks is None else _listed(ranks, clients, seed)
     wrong = [rank for rank in given if not (isinstance(rank, int) and 1 <= rank <= config.r)]
     if wrong:

@@ -153,6 +153,20 @@ class TransposesTheResidual(FedExLoRA):
         return replace(after, residual=residual)
 
 
+class GivesAResidualInFloat64(FedExLoRA):
+    def aggregate(self, server, updates, rnd):
+        after = super().aggregate(server, updates, rnd)
+        residual = {name: r.to(torch.float64) for name, r in after.residual.items()}
+        return replace(after, residual=residual)
+
+
+class AddsInfinity(FedExLoRA):
+    def aggregate(self, server, updates, rnd):
+        after = super().aggregate(server, updates, rnd)
+        added = {name: Residual(r.dense() / 0) for name, r in after.added.items()}
+        return replace(after, added=added)
+
+
 class TakesOverTheClientsScaling(HetLoRA):
     def aggregate(self, server, updates, rnd):
         kept = list(updates)
@@ -191,6 +205,11 @@ class SendsHalves(FedAvg):
 class SendsTheResidual(FedExLoRA):
     def upload(self, sent, trained, client, rnd):
         return replace(super().upload(sent, trained, client, rnd), residual=sent.residual)
+
+
+class SendsAnotherScaling(FlexLoRA):
+    def upload(self, sent, trained, client, rnd):
+        return super().upload(sent, trained, client, rnd).cut(0, scale=2.0)
 
 
 class SendsPaddedFactors(FlexLoRA):
@@ -408,6 +427,8 @@ FAULTS = {
         GivesFloat64,
         LosesTheHead,
         TransposesTheResidual,
+        GivesAResidualInFloat64,
+        AddsInfinity,
         TakesOverTheClientsScaling,
         DividesByZero,
     ],
@@ -424,6 +445,7 @@ FAULTS = {
         KeepsTheHead,
         SendsHalves,
         SendsTheResidual,
+        SendsAnotherScaling,
         SendsPaddedFactors,
     ],
     "distribution": [

@@ -125,11 +125,12 @@ class Progress(FederatedCallback):
         head = lora.federated.classifier
         total = sum(p.numel() for p in lora.federated.clip.parameters())
         total += 0 if head is None else sum(p.numel() for p in head.parameters())
+        ranks = sorted({client.rank for client in rounds.clients})
+        mixed, most = len(ranks) > 1, Client(0, 0, ranks[-1])
         # What the rounds add to a residual comes on top, and is counted there.
         start = trainer.server.adapter if trainer.server.history else lora.state()
-        up = start.only(rounds.rule.shared(rnd)).nbytes
-        down = rounds.rule.distribute(start, Client(0, 0), rnd).nbytes
-        ranks = sorted({client.rank for client in rounds.clients})
+        up = start.only(rounds.rule.shared(rnd)).cut(most.rank).nbytes
+        down = rounds.rule.distribute(start, most, rnd).nbytes
         sizes = sorted(client.num_samples for client in rounds.clients)
         self.table(
             {
@@ -138,13 +139,14 @@ class Progress(FederatedCallback):
                 "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
                 "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
                 "rule": type(rounds.rule).__name__,
-                "traffic per client and round": f"{readable(up)} up; {readable(down)} down in "
-                f"round {rnd.idx}",
+                "traffic per client and round": f"{'up to ' * mixed}{readable(up)} up; "
+                f"{readable(down)} down in round {rnd.idx}",
                 "data": trainer.datamodule.source.summary(),
                 "pictures": trainer.datamodule.holdings.summary(),
                 "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
                 f"(median {sizes[len(sizes) // 2]})"
-                + (f", of rank {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""),
+                + f", of rank {ranks[0]}" * (ranks[0] > 0)  # there is none without LoRA
+                + f" to {ranks[-1]}" * mixed,
                 "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
                 "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
                 "run folder": str(rounds.run.path),

@@ -136,13 +136,13 @@ def ideal_error(after: AdapterState, clients: Iterable[AdapterState], shares: li
         The Frobenius norm of the difference as a share of the sizes of the clients' changes.
     """
     pairs = list(zip(shares, clients, strict=True))
-    worst = 0.0
+    errors = []
     for name in after.A:
         ideal = sum(share * served(client, name) for share, client in pairs)
         most = sum(share * size(client, name) for share, client in pairs)
         off = float(np.linalg.norm(served(after, name) - ideal))
-        worst = max(worst, off / most if most else off)
-    return worst
+        errors.append(off / most if most else off)
+    return float(np.max(errors))  # NaN where one is
 
 
 def _wide(tensor: Tensor) -> Matrix:

@@ -112,7 +112,7 @@ def check_aggregator(
             if failed:
                 raise AssertionError(
                     f"{type(one).__name__} fails {title!r}: {failed.said}. Example: {failed.case}"
-                ) from failed.error
+                ) from failed.cause
     finally:
         torch.set_num_threads(threads)
 
@@ -136,9 +136,13 @@ class _Failure:
     @property
     def said(self) -> str:
         """What is wrong, in one line; an error of the rule's own with its type."""
-        own = isinstance(self.error, PromiseError)
-        said = f"{self.error}" if own else f"it raised {type(self.error).__name__}: {self.error}"
-        return " ".join(said.split()).rstrip(".")
+        raised = f"it raised {type(self.error).__name__}: " if self.cause else ""
+        return " ".join(f"{raised}{self.error}".split()).rstrip(".")
+
+    @property
+    def cause(self) -> Exception | None:
+        """The error where it is the rule's own."""
+        return None if isinstance(self.error, PromiseError) else self.error
 
 
 def _search(
