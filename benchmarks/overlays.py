@@ -44,7 +44,7 @@ def measure(overlay: Path, args: Sequence[str], root: Path) -> dict[str, Any]:
     built.fit()
     trainer, rounds = built.trainer, built.trainer.rounds
     history = trainer.server.history
-    personal = rounds.rule.trainable(rounds.round(0)) != rounds.rule.shared(rounds.round(0))
+    personal = rounds.rule.private(rounds.round(0))
     figure = "clients/acc_mean" if personal else "val/acc"
     errors = [row["agg/error"] for row in history[1:] if row["agg/error"] is not None]
     about = json.loads((trainer.run.adapter / "fedlora.json").read_text(encoding="utf-8"))

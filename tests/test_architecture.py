@@ -22,6 +22,7 @@ ALLOWED = {
     "dependencies": {"errors"},
     "files": {"errors"},
     "aggregation": {"aggregation", "state", "sampling", "errors", "low_rank"},
+    "testing": {"testing", "aggregation", "state", "sampling", "errors"},
     "modules": {
         "modules",
         "state",

@@ -153,9 +153,9 @@ def test_lora_alpha_follows_the_rank_or_not(alpha, rslora, expected):
         ([2, 4, 8], "lists 3 ranks for 4 clients. Give one for each, one for all, or shares"),
         ([2] * 5, "lists 5 ranks for 4 clients"),
         ([], "lists 0 ranks"),
-        ({}, r"shares of 0 or more, such as '\{4: 0\.5, 8: 0\.5\}', got \{\}"),
+        ({}, r"shares, none below 0 and one above, such as '\{4: 0\.5, 8: 0\.5\}', got \{\}"),
         ({4: -0.5, 8: 1.5}, r"got \{4: -0\.5, 8: 1\.5\}"),
-        ({4: 0.0, 8: 0.0}, "shares of 0 or more"),
+        ({4: 0.0, 8: 0.0}, "none below 0 and one above"),
         ({4: float("nan"), 8: 1.0}, "got {4: nan"),
         ({4: float("inf"), 8: 1.0}, "got {4: inf"),
     ],
@@ -173,8 +173,8 @@ def test_a_rule_that_needs_equal_ranks_names_those_that_do_not(given, monkeypatc
         ranks, "RULES", {"FedAvg": FedAvg, "PaddedMean": PaddedMean, "Other": Other}
     )
     message = (
-        r"FedAvg needs the same rank on all clients, model\.lora\.r=8: .* "
-        r"Set trainer\.averaging\.aggregator to one of PaddedMean, Other, or leave"
+        r"FedAvg needs the server's rank, model\.lora\.r=8, on all clients: .* "
+        r"trainer\.averaging\.aggregator to one of PaddedMean, Other\."
     )
     with pytest.raises(FedloraError, match=message):
         assign(given, rule=FedAvg())
@@ -185,7 +185,9 @@ def test_there_is_a_rule_for_other_ranks():
 
 
 def test_without_lora_there_are_no_ranks():
-    with pytest.raises(FedloraError, match=r"LoRA, which is off here .* Leave it out"):
+    with pytest.raises(
+        FedloraError, match=r"LoRA, which is off \(lora\.enabled=false\)\. Leave it out"
+    ):
         assign(4, enabled=False)
     assert assign(None, enabled=False) == clients(4)
 
@@ -296,7 +298,7 @@ def test_one_rank_and_a_fixed_alpha_are_options(folder):
         (
             ["--trainer.client_ranks=4", "--trainer.averaging.aggregator=FedAvg"],
             1,
-            "FedAvg needs the same rank",
+            "FedAvg needs the server's rank",
         ),
     ],
 )
@@ -306,6 +308,20 @@ def test_a_mistake_is_one_line_and_no_run(folder, capsys, args, code, said):
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not Path("runs").exists()
+
+
+def test_an_adapted_head_has_a_rank_of_its_own():
+    both = ("encoder", "classifier")
+    with pytest.raises(FedloraError, match="the head has a rank of its own"):
+        assign(4, target_components=both)
+    assert assign(None, target_components=both) == clients(4)  # rank 0: nothing is cut
+
+
+def test_shares_and_alpha_of_another_kind_are_refused():
+    with pytest.raises(FedloraError, match="must give ranks shares"):
+        assign({4: "half"})
+    with pytest.raises(FedloraError, match="should be scaled or fixed but got 'fixd'"):
+        assign(4, alpha="fixd")
 
 
 def test_an_alpha_without_ranks_is_refused():

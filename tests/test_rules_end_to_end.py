@@ -58,7 +58,7 @@ def through_peft(folder: Path, pixels: torch.Tensor) -> torch.Tensor:
 def test_a_rule_from_start_to_end(tmp_path: Path, name: str) -> None:
     trainer = play(tmp_path / "whole", name)
     run, rounds, server = trainer.run, trainer.rounds, trainer.server
-    personal = rounds.rule.trainable(rounds.round(0)) != rounds.rule.shared(rounds.round(0))
+    personal = rounds.rule.private(rounds.round(0))
 
     # It learns: on what its clients use.
     figure = "clients/acc_mean" if personal else "val/acc"

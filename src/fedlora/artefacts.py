@@ -16,7 +16,7 @@ from fedlora.files import write_csv, write_json
 
 if TYPE_CHECKING:
     from fedlora.rounds import Rounds
-    from fedlora.state import AdapterState, Client
+    from fedlora.state import AdapterState
     from fedlora.trainer import FederatedTrainer
 
 
@@ -42,21 +42,9 @@ def export_personal(rounds: Rounds) -> int:
         if client.id in server.versions:
             engine.load(client, rnd, server, rounds.rule)
             folder = rounds.run.path / "adapters" / str(client.id)
-            state = _own(engine.lora.state(), client, engine.lora.config.r)
-            export(rounds, folder, state, client.id)
+            export(rounds, folder, engine.lora.state().cut(client.rank), client.id)
     engine.lora.load(server.adapter)
     return len(server.versions)
-
-
-def _own(state: AdapterState, client: Client, r: int) -> AdapterState:
-    """A client's adapter with its own rank and scaling, as a model of that rank has them.
-
-    A head with a preset of its own keeps that whatever the encoder's rank: all layers are then
-    written as the server has them.
-    """
-    if set(state.ranks.values()) <= {r}:
-        return state.cut(client.rank)
-    return state.cut(0, 1 / client.scale)
 
 
 def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str, Any]:

@@ -90,8 +90,9 @@ def _of_class(text: str, key: str) -> str | None:
         )
     settings = list(inspect.signature(_class(path)).parameters)
     close = difflib.get_close_matches(option[1], settings, 1, 0.75)
-    return f"{key}: {name} has no setting '{option[1]}', it has {', '.join(settings)}. " + (
-        f"Did you mean {close[0]}?" if close else f"Another class is named first ({first})."
+    return (
+        f"{key}: {name} has no setting '{option[1]}', it has {', '.join(settings) or 'none'}. "
+        + (f"Did you mean {close[0]}?" if close else f"Another class is named first ({first}).")
     )
 
 

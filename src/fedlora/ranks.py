@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fedlora.aggregation import RULES
 from fedlora.errors import FedloraError
@@ -44,18 +44,18 @@ def assign_ranks(
     Raises:
         FedloraError: for ranks that cannot be, and for a rule that needs equal ones.
     """
-    if not config.enabled:
-        if ranks is not None:
-            raise FedloraError(
-                "trainer.client_ranks is about LoRA, which is off here (lora.enabled=false). Leave "
-                "it out."
-            )
-        return list(clients)
+    if alpha not in get_args(Alpha):
+        raise FedloraError(f"trainer.client_alpha should be scaled or fixed but got {alpha!r}.")
     if ranks is None and alpha == "fixed":
         raise FedloraError(
             "trainer.client_alpha=fixed is about clients of other ranks than the server: set "
             "trainer.client_ranks, or leave it out."
         )
+    reason = _no_one_rank(config)
+    if reason:
+        if ranks is not None:
+            raise FedloraError(f"trainer.client_ranks cannot be used here: {reason}. Leave it out.")
+        return list(clients)
     given = [config.r] * len(clients) if ranks is None else _listed(ranks, clients, seed)
     wrong = [rank for rank in given if not (isinstance(rank, int) and 1 <= rank <= config.r)]
     if wrong:
@@ -66,9 +66,9 @@ def assign_ranks(
     if not rule.mixed_ranks and any(rank != config.r for rank in given):
         able = ", ".join(name for name, known in RULES.items() if known.mixed_ranks)
         raise FedloraError(
-            f"{type(rule).__name__} needs the same rank on all clients, model.lora.r={config.r}: "
-            f"trainer.client_ranks has others. Set trainer.averaging.aggregator to one of {able}, "
-            "or leave trainer.client_ranks out."
+            f"{type(rule).__name__} needs the server's rank, model.lora.r={config.r}, on all "
+            "clients: trainer.client_ranks has others. Set model.lora.r where all are to have one "
+            f"rank, else trainer.averaging.aggregator to one of {able}."
         )
     power = 0.5 if config.use_rslora else 1.0
     return [
@@ -79,6 +79,15 @@ def assign_ranks(
         )
         for client, rank in zip(clients, given, strict=True)
     ]
+
+
+def _no_one_rank(config: LoRAConfig) -> str:
+    """Why no single number says what rank a client has; empty where one does."""
+    if not config.enabled:
+        return "it is about LoRA, which is off (lora.enabled=false)"
+    if {"encoder", "classifier"} <= set(config.target_components):
+        return "the head has a rank of its own beside the encoder's (lora.target_components)"
+    return ""
 
 
 def _listed(ranks: Ranks, clients: Sequence[Client], seed: int) -> list[int]:
@@ -96,11 +105,12 @@ def _listed(ranks: Ranks, clients: Sequence[Client], seed: int) -> list[int]:
 
 def _drawn(shares: Mapping[int, float], clients: Sequence[Client], seed: int) -> list[int]:
     """Each rank for its share of the clients, to the nearest client."""
-    reached = list(accumulate(shares.values(), initial=0.0))
-    total = reached[-1]  # NaN where a share is
-    if not 0 < total < math.inf or min(shares.values()) < 0:
+    numbers = all(isinstance(share, int | float) and share >= 0 for share in shares.values())
+    reached = list(accumulate(shares.values(), initial=0.0)) if numbers else [0.0]
+    total = reached[-1]
+    if not 0 < total < math.inf:
         raise FedloraError(
-            "trainer.client_ranks must give ranks shares of 0 or more, such as "
+            "trainer.client_ranks must give ranks shares, none below 0 and one above, such as "
             f"'{{4: 0.5, 8: 0.5}}', got {dict(shares)}."
         )
     order = sorted(clients, key=lambda client: derive_seed(seed, "rank", client.id))

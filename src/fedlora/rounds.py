@@ -92,12 +92,16 @@ class Rounds:
         cohort = self.trainer.clients_per_round or count
         return Round(idx, self.trainer.seed, count, min(cohort, count))
 
-    def start(self) -> None:
-        """Begin a new run: the untrained model is evaluated as row 0 and saved."""
+    def prepare(self) -> None:
+        """Let the rule make the adapter that a new run starts from."""
         lora = self.engine.lora
         server = self.rule.start(lora.state(), lora.base_weights(), self.round(0))
         lora.load(server)
-        state = ServerState(server)
+        self.trainer.server = ServerState(server)
+
+    def start(self) -> None:
+        """Begin a new run: the untrained model is evaluated as row 0 and saved."""
+        state = self.trainer.server
         row: dict[str, float | None] = {
             "round": 0,
             **self._evaluate(state, choose(self.clients, self.round(0))),
@@ -127,7 +131,14 @@ class Rounds:
             self.engine.store.prune(self._on_disk.values())
 
     def play(self) -> None:
-        """Play the next round."""
+        """Play the next round; where it breaks off the model is as before it."""
+        try:
+            self._play()
+        except BaseException:
+            self.engine.lora.load(self.trainer.server.adapter)
+            raise
+
+    def _play(self) -> None:
         trainer, server = self.trainer, self.trainer.server
         began = time.perf_counter()
         rnd = self.round(server.round_idx)
@@ -142,7 +153,6 @@ class Rounds:
                 pass
         _check_finite(adapter, rnd)
         self.engine.lora.load(adapter)
-        personal = self.rule.trainable(rnd) != self.rule.shared(rnd)
         state = replace(
             server,
             adapter=adapter,
@@ -150,12 +160,12 @@ class Rounds:
             versions=self.engine.store.take_versions(server.versions),
             received={**server.received, **{client.id: rnd.idx for client in chosen}},
         )
-        figures = Figures() if personal else meter.figures(adapter)
+        figures = Figures() if self.rule.private(rnd) else meter.figures(adapter)
         report: dict[str, float | None] = {
             "round": state.round_idx,
             "train/loss": tally.loss,
             "comm/up_bytes": tally.up,
-            "comm/down_bytes": tally.down,
+            "comm/down_bytes": tally.down + self.engine.unanswered_nbytes,
             "agg/error": figures.error,
             "agg/effective_rank": figures.effective_rank,
             "clients/drift_mean": figures.drift_mean,

@@ -94,6 +94,8 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
 def _play(trainer: FederatedTrainer, rounds: Rounds, fresh: bool) -> None:
     run = rounds.run
     trainer.loggers = _make_loggers(trainer, run)
+    if fresh:
+        rounds.prepare()
     trainer.progress.describe(trainer, rounds)
     trainer.call("on_fit_start")
     trainer.call("on_train_start")

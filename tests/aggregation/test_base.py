@@ -90,7 +90,8 @@ def test_what_is_shared_travels_both_ways():
             return frozenset({"other"})
 
     server = with_residual(fresh())
-    down = Head().distribute(server, Client(0, 1), ROUND)
+    assert Head().distribute(server, Client(0, 1), ROUND).residual == {}  # all know the start
+    down = Head().distribute(server, Client(0, 1), replace(ROUND, idx=1))
     assert names(down) == [f"other/{HEAD}", "other/logit_scale"]
     assert down.residual == server.residual
     up = Head().upload(server, adapter(1), Client(0, 1), ROUND)
@@ -176,7 +177,8 @@ def test_mixed_ranks_are_refused():
     rule, server = FedAvg(), fresh(rank=4)
     updates = play(rule, server, [adapter(1, rank=4), adapter(2, rank=2)], [1, 1])
     with pytest.raises(
-        FedloraError, match=r"^FedAvg .*one shape, but client 1 .* Give all clients one rank\.$"
+        FedloraError,
+        match=r"^FedAvg .*one shape, but client 1 .* Give all clients the server's rank\.$",
     ):
         rule.aggregate(server, updates, ROUND)
 

@@ -129,7 +129,7 @@ def test_the_residual_travels_down_and_not_up():
     rule = FedExLoRA()
     beside = {"vision.fc1": Residual(torch.ones(6, 5))}
     server = replace(fresh(), residual=beside)
-    down = rule.distribute(server, Client(0, 1), ROUND)
+    down = rule.distribute(server, Client(0, 1), replace(ROUND, idx=1))
     assert down.residual == beside
     assert down.nbytes == fresh().nbytes + 6 * 5 * 4
     [update] = play(rule, server, [replace(adapter(1), residual=beside)], [1])
@@ -283,6 +283,6 @@ def test_with_a_rank_it_is_not_exact_and_says_so():
 
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(rank):
-    message = rf"the aggregator's residual_rank must be 1 or above, got {rank}"
+    message = rf"aggregator.residual_rank must be 1 or above, got {rank}"
     with pytest.raises(FedloraError, match=message):
         FedExLoRA(rank)

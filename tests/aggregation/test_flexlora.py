@@ -144,7 +144,7 @@ def test_energy_of_nothing():
 
 @pytest.mark.parametrize("energy", [0.0, -1.0, 1.01, float("nan")])
 def test_an_energy_that_cannot_be_is_refused(energy):
-    with pytest.raises(ValueError, match="energy must be over 0 and up to 1"):
+    with pytest.raises(ValueError, match="energy must be above 0 and at most 1"):
         FlexLoRA(energy=energy)
 
 

@@ -21,17 +21,13 @@ from fedlora.aggregation import (
 )
 from fedlora.state import Residual
 from fedlora.testing import CHECKS, check_aggregator
-from tests.aggregation import test_flora, test_frlora
 
-# Clients of these work out by themselves what does not travel.
-RECEIVE = {"FLoRA": test_flora.receive, "FRLoRA": test_frlora.receive}
 EXAMPLES = {"FedRPCA": 4}  # it iterates: the others take half as long with ten
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_keeps_its_promises(name):
-    options = {"receive": RECEIVE[name]} if name in RECEIVE else {}
-    check_aggregator(RULES[name], examples=EXAMPLES.get(name, 10), **options)
+    check_aggregator(RULES[name], examples=EXAMPLES.get(name, 10))
 
 
 def times(state, factor, parts=("A", "B", "other")):
@@ -422,7 +418,6 @@ class IsExactToFloat32(FedExLoRA):
 
 FAULTS = {
     "parts": [SharesWhatItDoesNotTrain, TrainsWhatThereIsNot],
-    "ranks": [CutsToTheSmallestRank, PromisesEveryRank, CrashesOnOtherRanks, GivesAnotherRank],
     "result": [
         GivesFloat64,
         LosesTheHead,
@@ -464,6 +459,7 @@ FAULTS = {
     "one client": [ForgetsTheLastResidual, GoesHalfWay, LeavesTheHead],
     "equal clients": [DoesNotDivideByAll],
     "exact": [PromisesToBeExact, PromisesToBeExactAtRankOne, IsExactToFloat32],
+    "ranks": [CutsToTheSmallestRank, PromisesEveryRank, CrashesOnOtherRanks, GivesAnotherRank],
 }
 
 
@@ -478,7 +474,8 @@ def test_each_check_has_a_rule_that_fails_it():
 )
 def test_a_fault_is_found_by_its_check(check, rule):
     with pytest.raises(AssertionError, match=f"^{rule.__name__} fails '{check}': "):
-        check_aggregator(rule)
+        # A rule that misjudges ranks shows it in other checks too, which come before.
+        check_aggregator(rule, skip=CHECKS.keys() - {"ranks"} if check == "ranks" else ())
 
 
 def test_a_rule_with_a_state_of_its_own_passes():

@@ -150,5 +150,5 @@ def test_a_client_gets_the_first_slots():
 
 
 def test_another_weighting_is_refused():
-    with pytest.raises(ValueError, match="weighting must be norm or samples: size"):
+    with pytest.raises(ValueError, match="weighting must be norm or samples, got 'size'"):
         HetLoRA("size")

@@ -269,6 +269,9 @@ def test_a_client_that_was_left_out_was_sent_something_all_the_same(tmp_path):
     fit(tmp_path, FedExLoRA(), callbacks=[whole], **settings)
     assert [len(left_out.updates[client]) for client in (0, 1, 2)] == [3, 2, 3]
     assert trainer.server.received == {0: 2, 1: 2, 2: 2}
+    # It was sent as much as the others of its round, and that is counted.
+    told = [row["comm/down_bytes"] for row in trainer.server.history[1:]]
+    assert told[1] == 3 * left_out.updates[0][1].down_nbytes
     # 3 clients, then 2, of rank 4: 8 and 4 columns. All have the 8: the 4 are sent.
     assert {update[-1].down_nbytes for update in left_out.updates.values()} == {PLAIN + ADDED}
     for client in (0, 2):  # the client between them left nothing in the model

@@ -29,7 +29,7 @@ class Aggregator(ABC):
     Example:
         >>> class First(Aggregator):
         ...     def aggregate(self, server, updates, rnd):
-        ...         return next(iter(updates)).adapter
+        ...         return next((update.adapter for update in updates if update.weight), server)
     """
 
     exact: bool = False
@@ -55,11 +55,32 @@ class Aggregator(ABC):
         return server
 
     def distribute(self, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
-        """What travels to a client; the rest of ``server`` it knows already (from the seed).
+        """What travels to a client; the rest of ``server`` it knows already.
 
-        The shared parts, cut to the client's rank, and of the residual as much as it lacks.
+        The shared parts, cut to the client's rank, and of the residual as much as it lacks. What a
+        run starts from, drawn from the seed or an adapter from a file, counts as known to all.
         """
         return beside(server.only(self.shared(rnd)), server, client, rnd)
+
+    def receive(self, had: AdapterState, down: AdapterState, rnd: Round) -> AdapterState:
+        """What a client makes of what it has and what came; override for what it works out itself.
+
+        In one process the engine loads the server's adapter, which this must give, to the bit.
+
+        Args:
+            had: what it knew since it was last sent something, or what the run started from.
+            down: of :meth:`distribute`.
+            rnd: the round.
+
+        Returns:
+            The factors and head that came, else those it had; the residual that came whole, else
+            its own with what was added.
+        """
+        residual = dict(had.residual)
+        for name, change in down.added.items():
+            old = residual.get(name)
+            residual[name] = change if old is None else old.add(change)
+        return replace(down.over(had), residual={**residual, **down.residual}, added={})
 
     def trainable(self, rnd: Round) -> frozenset[Part]:
         """The parts that clients train in this round."""
@@ -68,6 +89,10 @@ class Aggregator(ABC):
     def shared(self, rnd: Round) -> frozenset[Part]:
         """The parts that travel; what is trained but not shared stays with its client."""
         return self.trainable(rnd)
+
+    def private(self, rnd: Round) -> frozenset[Part]:
+        """The parts that stay with their client: each then has a model of its own."""
+        return self.trainable(rnd) - self.shared(rnd)
 
     def upload(
         self, sent: AdapterState, trained: AdapterState, client: Client, rnd: Round
@@ -92,7 +117,8 @@ def beside(down: AdapterState, server: AdapterState, client: Client, rnd: Round)
     whole, added = (
         sum(change.nbytes for change in part.values()) for part in (server.residual, server.added)
     )
-    follows = client.last_round is not None and client.last_round == rnd.idx - 1
+    last = client.last_round if rnd.idx else -1  # all know what the run starts from
+    follows = last is not None and last == rnd.idx - 1
     down = down.cut(client.rank, client.scale)
     if follows and added < whole:
         return replace(down, added=server.added)
@@ -116,20 +142,23 @@ class WeightedMean(Aggregator):
         """The weighted mean over ``server``; ``server`` itself where no weight is above zero.
 
         Raises:
-            FedloraError: when two clients send tensors of other names or shapes.
+            FedloraError: when a client sends tensors of other names than the one before, or of
+                other shapes than the server has.
         """
         total = 0.0
+        known = _shapes(dict(server.tensors()))
         sums: dict[str, Tensor] = {}
         dtypes: dict[str, torch.dtype] = {}
         for update in updates:
             if update.weight == 0:
                 continue
             tensors = dict(update.payload.only(self.averaged).tensors())
-            if sums and _shapes(tensors) != _shapes(sums):
+            shapes = _shapes(tensors)
+            if shapes != {name: known.get(name) for name in sums or shapes}:
                 raise FedloraError(
                     f"{type(self).__name__} takes the mean of tensors of one shape, but "
-                    f"{update.client} sent other names or shapes than the client before. Give all "
-                    "clients one rank."
+                    f"{update.client} sent other names or shapes than the server or the client "
+                    "before. Give all clients the server's rank."
                 )
             for name, tensor in tensors.items():
                 term = tensor.double() * update.weight
@@ -218,4 +247,4 @@ def check_least(name: str, value: float | None, least: float) -> None:
         FedloraError: names the argument and the least value.
     """
     if value is not None and not value >= least:  # NaN is too small, too
-        raise FedloraError(f"the aggregator's {name} must be {least:g} or above, got {value}.")
+        raise FedloraError(f"aggregator.{name} must be {least:g} or above, got {value}.")

@@ -14,14 +14,13 @@ class FedExLoRA(WeightedMean):
 
     Per layer, ``sum_k p_k s B_k A_k - s (mean B)(mean A)`` is added to the frozen weight on the
     server and on every client, and accumulates over rounds (Singhal et al., "FedEx-LoRA: Exact
-    Aggregation for Federated and Efficient Fine-Tuning", ACL 2025, arXiv 2410.09432, equations
-    10 to 14). It travels down with the factors and is counted with them. Its rank grows by up to
-    (K - 1) r a round for K clients: thin until the matrix itself is smaller.
+    Aggregation for Federated and Efficient Fine-Tuning", ACL 2025, arXiv 2410.09432). It
+    travels down with the factors and is counted with them. Its rank grows by up to (K - 1) r a
+    round for K clients: thin until the matrix itself is smaller.
 
     Args:
-        residual_rank: keep only the best approximation of this rank of what a round adds (equation
-            15 and section 4.2 there); None keeps all. No longer exact: ``agg/error`` says by how
-            much.
+        residual_rank: keep only the best approximation of this rank of what each round adds; None
+            keeps all. No longer exact: ``agg/error`` says by how much.
     """
 
     def __init__(self, residual_rank: int | None = None) -> None:

@@ -13,7 +13,7 @@ LEAST = torch.finfo(torch.float32).eps ** 0.5  # turn where rounding leaves R ha
 
 
 class FedRotLoRA(WeightedMean):
-    """The means of A and B after each client turned both, its product unchanged.
+    """The means of A and B, which each client first rotates without changing their product.
 
     ``(B R)(R^T A) = B A`` for every rotation R, so clients that agree may differ in their factors.
     In odd rounds R brings R^T A_k nearest to the A that was sent, in even rounds B_k R to its B:
@@ -21,12 +21,13 @@ class FedRotLoRA(WeightedMean):
     2026, arXiv 2602.23638). What does not fix R, as the first round's B = 0, turns nothing.
 
     Args:
-        strength: from 0 (FedAvg) to 1: R is brought to ``(1 - strength) I + strength R``.
+        strength: from 0 (no rotation: FedAvg) to 1 (R itself); between them the rotation nearest to
+            ``(1 - strength) I + strength R``.
     """
 
     def __init__(self, strength: float = 1.0) -> None:
         if not 0 <= strength <= 1:
-            raise FedloraError(f"the aggregator's strength must be from 0 to 1, got {strength}.")
+            raise FedloraError(f"aggregator.strength must be from 0 to 1, got {strength}.")
         self.strength = strength
 
     def upload(

@@ -1,4 +1,4 @@
-"""FedRPCA: what few clients learned is not averaged away."""
+"""FedRPCA: what is not common to the clients counts more."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from fedlora.state import AdapterState, ClientUpdate, Part, Round
 
 
 class FedRPCA(WeightedMean):
-    """The mean of A and of B, in which what is particular to single clients counts ``beta`` times.
+    """The mean of A and of B, in which what is not common to the clients counts ``beta`` times.
 
     Per layer and factor the clients' changes are the columns of a matrix M, which robust PCA splits
     into a common low-rank part L and a sparse part S; the server moves by the weighted mean of
     ``L + beta S`` (Jhunjhunwala et al., "FedRPCA: Enhancing Federated LoRA Aggregation Using Robust
-    PCA", arXiv 2506.01194). The head is averaged. Keeps all updates of a round in memory.
+    PCA", arXiv 2506.01194). The head is averaged. Keeps all updates of a round in memory. With
+    few clients the sparse part holds much of what is common, too: ``beta`` then acts like a server
+    step of that length.
 
     Args:
         beta: weight of the sparse part, 1 or above; 1 is FedAvg.

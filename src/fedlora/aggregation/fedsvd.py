@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from fedlora.aggregation.base import WeightedMean, beside, check_least
+from fedlora.aggregation.base import beside, check_least
+from fedlora.aggregation.ffa import FFALoRA
 from fedlora.low_rank import factors, svd
 from fedlora.state import AdapterState, Client, ClientUpdate, Part, Residual, Round
 
 
-class FedSVD(WeightedMean):
+class FedSVD(FFALoRA):
     """Clients train B with A frozen; the server re-factorises B A by its singular values.
 
     With ``U S V^T = svd(B A)`` of the mean B, A becomes ``V^T`` and B ``U S``: the product is
@@ -23,15 +24,9 @@ class FedSVD(WeightedMean):
         period: re-factorise after every so many rounds; 0 never does, which is FFA-LoRA.
     """
 
-    exact = True
-
     def __init__(self, period: int = 1) -> None:
         check_least("period", period, 0)
         self.period = period
-
-    def trainable(self, rnd: Round) -> frozenset[Part]:
-        """Everything but A."""
-        return frozenset({"B", "other"})
 
     def _is_due(self, idx: int) -> bool:
         return self.period > 0 and (idx + 1) % self.period == 0

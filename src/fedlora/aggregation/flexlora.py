@@ -33,7 +33,7 @@ class FlexLoRA(WeightedMean):
 
     def __init__(self, energy: float | None = None) -> None:
         if energy is not None and not 0 < energy <= 1:
-            raise FedloraError(f"the aggregator's energy must be over 0 and up to 1: {energy}.")
+            raise FedloraError(f"aggregator.energy must be above 0 and at most 1, got {energy}.")
         self.energy = energy
 
     def aggregate(

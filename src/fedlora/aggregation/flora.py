@@ -40,21 +40,30 @@ class FLoRA(WeightedMean):
         drawn = server.added or not rnd.idx
         return beside(server.only({"other"} if drawn else PARTS), server, client, rnd)
 
+    def receive(self, had: AdapterState, down: AdapterState, rnd: Round) -> AdapterState:
+        """The stacks that came, and the adapter of this round, drawn here too."""
+        got = super().receive(had, down, rnd)
+        return got if down.A or not rnd.idx else _fresh(got, got.A, rnd.idx - 1, rnd.seed)
+
     def aggregate(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round
     ) -> AdapterState:
         """The head's mean, the residual with every ``update`` in it, and a new adapter."""
         products = ProductMean()
         mean = super().aggregate(server, products.watch(updates), rnd)
-        A, B, stacks = dict(mean.A), dict(mean.B), {}
-        for name, stack in products.mean().items():
-            stacks[name] = truncate(stack, A[name].dtype, self.residual_rank)
-            A[name] = _drawn(A[name], derive_seed(rnd.seed, "flora", rnd.idx, name))
-            B[name] = torch.zeros_like(B[name])
-        return grown(server, replace(mean, A=A, B=B), stacks)
+        stacks = {
+            name: truncate(stack, mean.A[name].dtype, self.residual_rank)
+            for name, stack in products.mean().items()
+        }
+        return grown(server, _fresh(mean, stacks, rnd.idx, rnd.seed), stacks)
 
 
-def _drawn(A: torch.Tensor, seed: int) -> torch.Tensor:
-    """As a new adapter's A is drawn: uniform within 1 / sqrt(in_features)."""
-    generator, bound = torch.Generator().manual_seed(seed), A.shape[1] ** -0.5
-    return torch.empty(A.shape, dtype=A.dtype).uniform_(-bound, bound, generator=generator)
+def _fresh(state: AdapterState, names: Iterable[str], idx: int, seed: int) -> AdapterState:
+    """A new adapter in these layers: A uniform within 1 / sqrt(in_features), B zero."""
+    A, B = dict(state.A), dict(state.B)
+    for name in names:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "flora", idx, name))
+        bound = A[name].shape[1] ** -0.5
+        A[name] = torch.empty_like(A[name]).uniform_(-bound, bound, generator=generator)
+        B[name] = torch.zeros_like(B[name])
+    return replace(state, A=A, B=B)

@@ -18,7 +18,8 @@ class FRLoRA(WeightedMean):
 
     That is ``B0 = U sqrt(S / s)``, ``A0 = sqrt(S / s) V^T`` of W's top singular values, beside
     ``W - s B0 A0``; rounds add ``s ((mean B)(mean A) - B0 A0)``, of which ``added`` is what clients
-    do not know, ``s (mean B)(mean A)`` (Yan et al., ICLR 2025, openreview e0rQRMUhs7).
+    do not know, ``s (mean B)(mean A)`` (Yan et al., ICLR 2025, openreview e0rQRMUhs7). W's main
+    part passes through the adapter: train it with ``lora_dropout`` 0.
     """
 
     def start(self, server: AdapterState, base: Mapping[str, Tensor], rnd: Round) -> AdapterState:
@@ -34,9 +35,15 @@ class FRLoRA(WeightedMean):
         return replace(server, A=A, B=B, residual=residual, added={})
 
     def distribute(self, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
-        """The head and what the client lacks of the means so far; in round 0 it lacks none."""
-        known = client if rnd.idx else replace(client, last_round=-1)
-        return beside(server.only({"other"}), server, known, rnd)
+        """The head and what the client lacks of the means so far."""
+        return beside(server.only({"other"}), server, client, rnd)
+
+    def receive(self, had: AdapterState, down: AdapterState, rnd: Round) -> AdapterState:
+        """The residual less A0 and B0, which the client has, with what was added."""
+        residual = dict(had.residual)
+        for name in down.added:
+            residual[name] = _less(residual.get(name), had.scaling[name] * had.B[name], had.A[name])
+        return super().receive(replace(had, residual=residual), down, rnd)
 
     def aggregate(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round

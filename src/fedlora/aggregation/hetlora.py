@@ -30,7 +30,7 @@ class HetLoRA(WeightedMean):
 
     def __init__(self, weighting: Literal["norm", "samples"] = "norm") -> None:
         if weighting not in ("norm", "samples"):
-            raise FedloraError(f"the aggregator's weighting must be norm or samples: {weighting}.")
+            raise FedloraError(f"aggregator.weighting must be norm or samples, got {weighting!r}.")
         self.weighting = weighting
 
     def aggregate(

@@ -107,7 +107,9 @@ class AggregationMeter:
     def _sent(self, sent: AdapterState, name: str) -> Tensor:
         A, B = sent.A[name], sent.B[name]
         known = self._starts.get(name)
-        if known is None or known[0] is not A or known[1] is not B:  # clients of a rank share one
+        if (
+            known is None or known[0] is not A or known[1] is not B
+        ):  # clients of the server's rank share one
             known = self._starts[name] = (A, B, self._product(sent, name))
         return known[2]
 

@@ -128,7 +128,7 @@ class Progress(FederatedCallback):
         ranks = sorted({client.rank for client in rounds.clients})
         mixed, most = len(ranks) > 1, Client(0, 0, ranks[-1])
         # What the rounds add to a residual comes on top, and is counted there.
-        start = trainer.server.adapter if trainer.server.history else lora.state()
+        start = trainer.server.adapter
         up = start.only(rounds.rule.shared(rnd)).cut(most.rank).nbytes
         down = rounds.rule.distribute(start, most, rnd).nbytes
         sizes = sorted(client.num_samples for client in rounds.clients)

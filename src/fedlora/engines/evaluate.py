@@ -94,7 +94,7 @@ def evaluate_clients(
         ``clients/acc_mean``, ``clients/acc_min`` and ``clients/acc_std`` (over clients, each
         counting once); None where no client has validation rows.
     """
-    personal = rule.trainable(rnd) != rule.shared(rnd)
+    personal = rule.private(rnd)
     fabric, module = engine.loop.fabric, engine.loop.module
     values = []
     for client in clients:

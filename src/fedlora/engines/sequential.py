@@ -27,6 +27,9 @@ class SequentialEngine:
         store: what stays with the clients.
         on_start: called before a client trains.
         on_skip: called with a client whose loss or adapter was not finite; None stops instead.
+
+    Attributes:
+        unanswered_nbytes: sent in this round to clients that were left out of it.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class SequentialEngine:
         self.store = store
         self.on_start = on_start
         self.on_skip = on_skip
+        self.unanswered_nbytes = 0
 
     @property
     def lora(self) -> CLIPLoRAWrapper:
@@ -67,7 +71,8 @@ class SequentialEngine:
         self, chosen: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
     ) -> Generator[ClientUpdate, None, None]:
         """Train each chosen client and yield what it sends, in their order."""
-        trainable, shared = rule.trainable(rnd), rule.shared(rnd)
+        self.unanswered_nbytes = 0
+        trainable, private = rule.trainable(rnd), rule.private(rnd)
         for client in (_known(client, server) for client in chosen):
             self.on_start(client)
             began = time.perf_counter()
@@ -79,9 +84,10 @@ class SequentialEngine:
                 if self.on_skip is None:
                     raise
                 self.on_skip(client, error)
+                self.unanswered_nbytes += down_nbytes
                 continue
             trained = self.lora.state().only(trainable).cut(client.rank)
-            self._keep(client, rnd, trained, trainable - shared)
+            self._keep(client, rnd, trained, private)
             yield ClientUpdate(
                 client=client,
                 sent=sent,

@@ -47,7 +47,7 @@ def exact(trial: Trial) -> None:
         weights = [turn.update.weight for turn in outcome.turns]
         if not rule.exact or not any(weights):
             continue
-        personal = (rule.trainable(outcome.rnd) - rule.shared(outcome.rnd)) & {"A", "B"}
+        personal = rule.private(outcome.rnd) & {"A", "B"}
         models = [turn.update.adapter if personal else turn.model for turn in outcome.turns]
         shares = [weight / sum(weights) for weight in weights]
         error = ideal_error(outcome.after, models, shares)

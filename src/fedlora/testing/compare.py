@@ -101,7 +101,7 @@ def agree(rule: Aggregator, rnd: Round, one: AdapterState, other: AdapterState, 
     Raises:
         PromiseError: ``what`` is how the second came about.
     """
-    private = rule.trainable(rnd) - rule.shared(rnd)
+    private = rule.private(rnd)
     raw = rule.shared(rnd)
     if private & {"A", "B"}:
         name = next(iter(other.A))

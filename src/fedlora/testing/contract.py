@@ -103,8 +103,8 @@ def ranks(trial: Trial) -> None:
         return
     if not rule.shared(Round(0)) & {"A", "B"}:
         return
-    for odd in (0, 1):
-        clients = [Client(number, 1, rank=rank - (number == odd)) for number in range(3)]
+    for odd in ({0}, {1}, {0, 1, 2}):
+        clients = [Client(number, 1, rank=rank - (number in odd)) for number in range(3)]
         federation = Federation(trial.make_rule(), replace(case, clients=tuple(clients)))
         try:
             federation.average(federation.turns(clients))

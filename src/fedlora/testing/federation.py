@@ -12,6 +12,7 @@ import torch
 from fedlora.aggregation.base import Aggregator
 from fedlora.state import AdapterState, Client, ClientUpdate, Round
 from fedlora.testing.cases import Case
+from fedlora.testing.compare import require
 
 Training = Callable[[AdapterState, Client], AdapterState]
 
@@ -105,7 +106,10 @@ class Federation:
 
     def average(self, turns: Iterable[Turn]) -> AdapterState:
         """What the rule makes of the round; nothing is committed here."""
-        return self.rule.aggregate(self.server, (turn.update for turn in turns), self.round)
+        after = self.rule.aggregate(self.server, (turn.update for turn in turns), self.round)
+        kind = type(after).__name__
+        require(isinstance(after, AdapterState), f"aggregate() returns {kind}, no AdapterState")
+        return after
 
     def commit(self, after: AdapterState, turns: Iterable[Turn]) -> None:
         """Go on to the next round."""
@@ -149,12 +153,10 @@ class Trial:
     Attributes:
         make_rule: makes a fresh rule.
         case: the federation.
-        receive: what a client makes of what it has and what it is sent.
     """
 
     make_rule: Callable[[], Aggregator]
     case: Case
-    receive: Callable[[AdapterState, AdapterState, Round], AdapterState]
 
     def start(self) -> Federation:
         """A new federation before its first round."""

@@ -11,7 +11,6 @@ import torch
 from fedlora.aggregation.base import Aggregator
 from fedlora.errors import DependencyError, FedloraError
 from fedlora.sampling import derive_seed
-from fedlora.state import AdapterState, Round
 from fedlora.testing import averages, contract, memory, travel
 from fedlora.testing.cases import Case, cases
 from fedlora.testing.compare import PromiseError
@@ -22,7 +21,6 @@ Check = Callable[[Trial], None]
 CHECKS: Mapping[str, Check] = MappingProxyType(
     {
         "parts": contract.parts,
-        "ranks": contract.ranks,
         "result": contract.result,
         "arguments": contract.arguments,
         "payload": travel.payload,
@@ -36,6 +34,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "one client": averages.one_client,
         "equal clients": averages.equal_clients,
         "exact": averages.exact,
+        "ranks": contract.ranks,
     }
 )
 
@@ -45,7 +44,6 @@ def check_aggregator(
     *,
     examples: int = 10,
     skip: Collection[str] = (),
-    receive: Callable[[AdapterState, AdapterState, Round], AdapterState] = travel.receive,
 ) -> None:
     """Check that a rule keeps every promise of :class:`~fedlora.aggregation.Aggregator`.
 
@@ -56,7 +54,6 @@ def check_aggregator(
     written. The checks:
 
     - ``parts``: ``shared`` is in ``trainable``, and both name parts.
-    - ``ranks``: all are averaged, or without ``mixed_ranks`` refused with a FedloraError.
     - ``result``: names, shapes, type and scaling of the server; finite, also if nobody trained.
     - ``arguments``: no method edits what it is given, nor ``upload`` the rule.
     - ``payload``: exactly the shared parts leave a client, at its rank.
@@ -72,6 +69,7 @@ def check_aggregator(
     - ``equal clients``: they are served as they are.
     - ``exact``: where promised, ``sum_k p_k (R_k + s_k B_k A_k)`` to 1e-5 in float32 and 1e-12 in
       float64.
+    - ``ranks``: all are averaged, or without ``mixed_ranks`` refused with a FedloraError.
 
     Rules with parts that stay at the clients are judged by what is shared.
 
@@ -79,10 +77,6 @@ def check_aggregator(
         make_rule: makes a fresh rule; a class is one.
         examples: federations for each check.
         skip: names of checks that this rule fails by design.
-        receive: what a client makes of what it has, what it is sent and the round, for rules whose
-            clients work out by themselves what does not travel; returns the whole adapter at the
-            client's rank. Default: factors and head that came, else those it had; the residual that
-            came, else its own and what was added.
 
     Raises:
         AssertionError: naming the check, the rule and the smallest federation found that fails it.
@@ -102,7 +96,7 @@ def check_aggregator(
         raise FedloraError(f"examples must be 1 or more, got {examples}.")
 
     def trial(case: Case) -> Trial:
-        return Trial(make_rule, case, receive)
+        return Trial(make_rule, case)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for matrices this small more would only wait for each other

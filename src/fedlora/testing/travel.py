@@ -5,23 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedlora.aggregation.base import Aggregator
-from fedlora.state import AdapterState, Round
+from fedlora.state import AdapterState
 from fedlora.testing.compare import differences, require
 from fedlora.testing.federation import Outcome, Trial, Turn
-
-
-def receive(had: AdapterState, down: AdapterState, rnd: Round) -> AdapterState:  # noqa: ARG001
-    """What a client makes of what it has and what it is sent, unless its rule says otherwise.
-
-    Factors and head: what came, else what it had. Residual: what came whole, else what it had with
-    what was added.
-    """
-    residual = dict(had.residual)
-    for name, change in down.added.items():
-        old = residual.get(name)
-        residual[name] = change if old is None else old.add(change)
-    residual.update(down.residual)
-    return replace(down.over(had), residual=residual, added={})
 
 
 def payload(trial: Trial) -> None:
@@ -63,7 +49,7 @@ def distribution(trial: Trial) -> None:
         for turn in outcome.turns:
             client = turn.update.client
             had = has.get(client.id, first.cut(client.rank, client.scale))
-            has[client.id] = got = trial.receive(had, turn.down, outcome.rnd)
+            has[client.id] = got = federation.rule.receive(had, turn.down, outcome.rnd)
             want = outcome.before.cut(client.rank, client.scale)
             what = differences(replace(got, added={}), replace(want, added={}))
             require(
