@@ -9,12 +9,13 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fedlora import LoRAConfig
 from fedlora.aggregation import RULES
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.data import Digits
 from fedlora.modules.loading import load_clip
 from fedlora.trainer import FederatedTrainer
-from tests.runs import assert_same_bits, fingerprint, fit
+from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer
 
 
 class Killed(BaseException):
@@ -86,3 +87,25 @@ def test_a_rule_from_start_to_end(tmp_path: Path, name: str) -> None:
         play(tmp_path / "killed", name, callbacks=[KillAtClient(3)])
     resumed = play(tmp_path / "killed", name, ckpt_path="last")
     assert_same_bits(fingerprint(run.path), fingerprint(resumed.run.path))
+
+
+@pytest.mark.parametrize("name", ["FedAvg", "FlexLoRA"])
+def test_an_adapted_head_keeps_its_own_rank(tmp_path: Path, name: str) -> None:
+    lora = LoRAConfig(r=2, lora_alpha=4, target_components=("encoder", "classifier"))
+    trainer = fit(tmp_path, RULES[name](), max_rounds=1, model={"lora": lora})
+    ranks = trainer.server.adapter.ranks
+    assert ranks.pop("classifier") == 8
+    assert set(ranks.values()) == {2}
+    assert trainer.server.adapter.B["classifier"][:, 2:].any()  # trained in every slot
+
+
+def test_a_round_that_breaks_off_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"client_ranks": [1, 4, 2], "client_alpha": "fixed"}
+    trainer = make_trainer(tmp_path, RULES["HetLoRA"](), callbacks=[KillAtClient(1)], **settings)
+    model = make_model()
+    with pytest.raises(Killed):
+        trainer.fit(model, make_data())
+    before, after = trainer.server.adapter, model.lora.state()
+    assert dict(after.scaling) == dict(before.scaling)
+    for (name, one), (_, other) in zip(before.tensors(), after.tensors(), strict=True):
+        assert torch.equal(one, other), name
