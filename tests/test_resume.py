@@ -108,7 +108,7 @@ def test_killed_while_a_file_is_written(
     assert_same_bits(undisturbed(FedExLoRA), fingerprint(trainer.run.path))
 
 
-@pytest.mark.parametrize("rule", [FedExLoRA, FedSALoRA])
+@pytest.mark.parametrize("rule", [FedExLoRA, pytest.param(FedSALoRA, marks=pytest.mark.slow)])
 def test_kill_9_and_the_command_line(tmp_path: Path, rule: type[Aggregator]) -> None:
     """A real SIGKILL of ``fedlora fit`` in its second round, then ``fit --ckpt_path last``."""
     settings = [

@@ -39,7 +39,7 @@ def play(root: Path, name: str, **settings: Any) -> FederatedTrainer:
     if rule.mixed_ranks:
         settings["client_ranks"] = [1, 4, 2]
     return fit(
-        root, rule, data=data, max_rounds=3, limit_train_batches=5, clients_per_round=2, **settings
+        root, rule, data=data, max_rounds=2, limit_train_batches=5, clients_per_round=2, **settings
     )
 
 
