@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.aggregation import product
 from fedlora.low_rank import factors, svd
 from fedlora.modules.config import LoRAConfig
 from fedlora.state import AdapterState, Residual, pad
@@ -67,21 +68,20 @@ def _of_one_rank(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> PeftFactors:
 
 def _terms(adapter: AdapterState, name: str) -> list[Residual]:
     """``s B A``, and the residual where there is one, in float64."""
-    scaled = adapter.B[name].to(torch.float64) * adapter.scaling[name]
-    product = Residual(scaled, adapter.A[name].to(torch.float64))
     beside = adapter.residual.get(name)
-    return [product] if beside is None else [product, beside.to(torch.float64)]
+    served = product(adapter, name)
+    return [served] if beside is None else [served, beside.to(torch.float64)]
 
 
 def _served(adapter: AdapterState, name: str) -> Residual:
     """All that one layer serves beside W0, thin while its rank is below the matrix's."""
-    product, *beside = _terms(adapter, name)
+    own, *beside = _terms(adapter, name)
     for change in beside:
-        if change.V is None or product.V is None:
-            return Residual(product.dense() + change.dense())
-        thin = Residual(torch.cat([product.U, change.U], 1), torch.cat([product.V, change.V]))
+        if change.V is None or own.V is None:
+            return Residual(own.dense() + change.dense())
+        thin = Residual(torch.cat([own.U, change.U], 1), torch.cat([own.V, change.V]))
         return thin if thin.U.shape[1] < min(thin.shape) else Residual(thin.dense())
-    return product
+    return own
 
 
 def _written(served: Residual, limit: int | None) -> tuple[Tensor, Tensor]:

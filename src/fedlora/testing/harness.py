@@ -173,7 +173,7 @@ def _search(
 
     try:
         run()
-    except Exception:
+    except Exception:  # a failure that was kept is told by the caller, with its example
         if not failures:  # not the rule's
             raise
     return failures[-1] if failures else None  # the last tried is the smallest
