@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import FedloraError
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Part, Residual, Round
+
+Factors = Literal["step", "corrected", "anew"]
 
 
 class Aggregator(ABC):
@@ -25,6 +27,9 @@ class Aggregator(ABC):
         exact: what is served after a round is ``sum_k p_k (R_k + s_k B_k A_k)``: promised here,
             checked by :func:`fedlora.testing.check_aggregator`.
         mixed_ranks: clients may have different ranks; others are refused before the run.
+        factors: what the new factors are to the old ones: a ``step`` from them, entry by entry; a
+            step with a residual that corrects just that step (``corrected``); or made ``anew`` in
+            other coordinates, so that nothing learned about the old entries holds for the new.
 
     Example:
         >>> class First(Aggregator):
@@ -34,6 +39,7 @@ class Aggregator(ABC):
 
     exact: bool = False
     mixed_ranks: bool = False
+    factors: Factors = "step"
 
     @abstractmethod
     def aggregate(
@@ -91,8 +97,15 @@ class Aggregator(ABC):
         return self.trainable(rnd)
 
     def private(self, rnd: Round) -> frozenset[Part]:
-        """The parts that stay with their client: each then has a model of its own."""
+        """The parts of which something stays: each client then has a model of its own."""
         return self.trainable(rnd) - self.shared(rnd)
+
+    def stays(self, trained: AdapterState, rnd: Round) -> AdapterState:
+        """What of all that it trained stays with its client, in one of the private parts.
+
+        It is kept there until the client plays again, and no rule ever sees it.
+        """
+        return trained.only(self.private(rnd))
 
     def upload(
         self, sent: AdapterState, trained: AdapterState, client: Client, rnd: Round

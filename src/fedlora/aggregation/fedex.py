@@ -23,6 +23,8 @@ class FedExLoRA(WeightedMean):
             keeps all. No longer exact: ``agg/error`` says by how much.
     """
 
+    factors = "corrected"
+
     def __init__(self, residual_rank: int | None = None) -> None:
         check_least("residual_rank", residual_rank, 1)
         self.residual_rank = residual_rank

@@ -24,6 +24,8 @@ class FedSVD(FFALoRA):
         period: re-factorise after every so many rounds; 0 never does, which is FFA-LoRA.
     """
 
+    factors = "anew"
+
     def __init__(self, period: int = 1) -> None:
         check_least("period", period, 0)
         self.period = period

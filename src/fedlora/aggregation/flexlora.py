@@ -29,6 +29,7 @@ class FlexLoRA(WeightedMean):
     """
 
     mixed_ranks = True
+    factors = "anew"
     averaged: frozenset[Part] = frozenset({"other"})
 
     def __init__(self, energy: float | None = None) -> None:

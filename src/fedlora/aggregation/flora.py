@@ -28,6 +28,7 @@ class FLoRA(WeightedMean):
 
     averaged: frozenset[Part] = frozenset({"other"})
     mixed_ranks = True
+    factors = "anew"
 
     def __init__(self, residual_rank: int | None = None) -> None:
         check_least("residual_rank", residual_rank, 1)

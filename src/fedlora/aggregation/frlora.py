@@ -22,6 +22,8 @@ class FRLoRA(WeightedMean):
     part passes through the adapter: train it with ``lora_dropout`` 0.
     """
 
+    factors = "anew"
+
     def start(self, server: AdapterState, base: Mapping[str, Tensor], rnd: Round) -> AdapterState:
         """The factors of each weight, and their product less beside it: the same is served."""
         A, B, residual = dict(server.A), dict(server.B), dict(server.residual)
