@@ -314,7 +314,8 @@ def test_the_design_says_what_is_free():
     named = ["max_rounds", "devices", "strategy", "lanes", "threads", "logger", "progress"]
     assert {f"trainer.{name}" for name in named} <= set(checkpoint.FREE)
     # And the adapter that a run started from: its checkpoint holds what became of it; where decoded
-    # pictures are kept; and the rank of files that are derived from the checkpoint.
-    derived = "trainer.averaging.init_args.export_rank"
-    free = set(checkpoint.FREE) - {"model.adapter", "data.cache_dir", "data.cache_gb", derived}
+    # pictures are kept; and what files are derived from the checkpoint.
+    derived = {f"trainer.averaging.init_args.export_{what}" for what in ("rank", "personal")}
+    apart = {"model.adapter", "data.cache_dir", "data.cache_gb"}
+    free = set(checkpoint.FREE) - apart - derived
     assert not [name for name in free if re.match("data|model|trainer.(aver|loc)", name)]

@@ -37,7 +37,7 @@ from fedlora.modules.config import LoRAConfig
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.saved import load_adapter, read_adapter
 from fedlora.state import AdapterState, Residual
-from tests.small_clip import NAMES, TEMPLATES, adapted, make_folder, pictures, shake
+from tests.small_clip import NAMES, TEMPLATES, TINY, adapted, make_folder, pictures, shake
 from tests.small_models import OwnClip, SmallResNet
 from tests.small_siglip import make_siglip
 
@@ -143,6 +143,9 @@ def trained(folder: Path, residual: str = "", **settings: Any) -> CLIPLoRAWrappe
         {"use_rslora": True, "r": 5},
         {"bias": "lora_only"},
         {"bias": "all", "placement": "attention"},
+        {"train_norm": True},
+        {"train_norm": True, "bias": "lora_only", "residual": "thin"},
+        {"train_norm": True, "bias": "all", "head": "text"},
         {"residual": "thin"},
         {"residual": "dense"},
         {"residual": "mixed", "placement": "all", "use_rslora": True},
@@ -169,12 +172,39 @@ def test_peft_loads_the_adapter_without_a_warning(
     torch.testing.assert_close(merged, features, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("residual", ["", "mixed"])
-@pytest.mark.parametrize("bias", ["none", "all"])
-def test_both_towers(
-    residual: str, bias: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("train_norm", [False, True])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_peft_on_the_embedded_model(
+    cls: Any, train_norm: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lora = trained(folder, residual, head="text", towers="both", placement="all", bias=bias)
+    lora = adapted(TINY, train_norm=train_norm)
+    shake(lora, size=0.05)
+    export_adapter(tmp_path / "adapter", lora, lora.state(), {})
+    told = json.loads((tmp_path / "adapter/fedlora.json").read_text())
+    assert told["lora"]["train_norm"] is train_norm
+    # Four blocks of two layers, one before and one after them, 128 wide; the head 64 x 3 + 3.
+    assert told["counts"]["full"] == train_norm * 2 * 128 * (4 * 2 + 2) + 64 * 3 + 3
+    model = load_peft(cls, TINY, tmp_path / "adapter", caplog)
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        ours = lora.federated.eval().encode_image(images)
+    features = image_features(model, images)
+    torch.testing.assert_close(features, ours, atol=1e-5, rtol=0)
+    merged = lora.merge_and_unload()
+    with torch.no_grad():
+        torch.testing.assert_close(merged.encode_image(images), ours, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("residual", ["", "mixed"])
+@pytest.mark.parametrize("full", [{}, {"bias": "all"}, {"train_norm": True}], ids=str)
+def test_both_towers(
+    residual: str,
+    full: dict[str, Any],
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lora = trained(folder, residual, head="text", towers="both", placement="all", **full)
     export_adapter(tmp_path / "adapter", lora, lora.state(), {})
     model = load_peft(CLIPModel, folder, tmp_path / "adapter", caplog)
     images, text = image_features(model, pixels()), text_features(model, folder)

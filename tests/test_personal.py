@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 from fedlora.errors import CheckpointError, FedloraError
-from fedlora.personal import ClientStore
+from fedlora.personal import ClientStore, Kept
 from fedlora.state import AdapterState
 
 
 def kept(value, rank=2):
-    return AdapterState(B={"fc1": torch.full((3, rank), float(value))})
+    return Kept(AdapterState(B={"fc1": torch.full((3, rank), float(value))}))
 
 
 def values(state):
-    return state.B["fc1"].unique().tolist()
+    return state.adapter.B["fc1"].unique().tolist()
 
 
 @pytest.fixture
@@ -32,16 +32,20 @@ def files(store):
 
 def test_a_client_without_a_state_has_an_empty_one(store):
     state = store.read(3, {})
-    assert state == AdapterState()
+    assert state == Kept()
+    assert not state
 
 
 def test_what_was_written_is_read(store):
-    state = AdapterState(
+    adapter = AdapterState(
         A={"fc1": torch.randn(2, 5).t().contiguous().t()},  # not contiguous
         B={"fc1": torch.randn(3, 2)},
         other={"head.weight/x": torch.randn(()), "half": torch.ones(2, dtype=torch.float16)},
     )
+    own = AdapterState(A={"fc1": torch.randn(2, 5)})
+    state = Kept(adapter, own, {"control/A/fc1": torch.randn(2, 5)})
     store.write(0, 1, state)
+    assert store.path(0, 1).stat().st_size == state.nbytes()
     back = store.read(0, {0: 1})
     assert dict(back.tensors()).keys() == dict(state.tensors()).keys()
     for name, tensor in state.tensors():

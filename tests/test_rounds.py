@@ -9,7 +9,7 @@ import torch
 from fedlora import artefacts
 from fedlora.checkpoint import Checkpoint, load, save
 from fedlora.errors import CheckpointError
-from fedlora.personal import ClientStore
+from fedlora.personal import ClientStore, Kept
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.state import AdapterState, ServerState
@@ -24,7 +24,8 @@ def run(tmp_path):
     store = ClientStore(folder.clients)
     for round_idx in (1, 2, 3):
         for client in (0, 1):
-            store.write(client, round_idx, AdapterState(B={"x": torch.full((2, 1), round_idx)}))
+            kept = Kept(AdapterState(B={"x": torch.full((2, 1), round_idx)}))
+            store.write(client, round_idx, kept)
         versions = {0: round_idx, 1: round_idx}
         server = ServerState(AdapterState(), round_idx, versions, history=({"round": round_idx},))
         for name in ("last", "best") if round_idx == 1 else ("last",):
@@ -54,12 +55,12 @@ def test_a_resume_keeps_what_each_checkpoint_names(run, rounds):
         versions = load(run.checkpoint(name)).server.versions
         for client, version in versions.items():
             state = rounds.engine.store.read(client, versions)
-            assert state.B["x"].tolist() == [[version], [version]]
+            assert state.adapter.B["x"].tolist() == [[version], [version]]
     assert kept(run) == [1, 2, 3]
 
 
 def test_a_resume_deletes_what_a_kill_left(run, rounds):
-    rounds.engine.store.write(0, 4, AdapterState(B={"x": torch.zeros(2, 1)}))
+    rounds.engine.store.write(0, 4, Kept(AdapterState(B={"x": torch.zeros(2, 1)})))
     rounds.resume(load(run.checkpoint("last")))
     assert kept(run) == [1, 2, 3]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fedlora.checkpoint import versions
-from fedlora.engines.evaluate import batches_on
+from fedlora.engines.evaluate import batches_on, spread
 from fedlora.export import export_adapter
 from fedlora.files import write_csv, write_json
 
@@ -34,13 +34,18 @@ def export(rounds: Rounds, folder: Path, adapter: AdapterState, client: int | No
 
 
 def export_personal(rounds: Rounds) -> int:
-    """Write ``adapters/<client>/`` of each client that keeps something; returns how many."""
+    """Write ``adapters/<client>/`` of each client that has a model of its own; returns how many.
+
+    Those that never played have none: they are served ``adapter/``.
+    """
     trainer, engine = rounds.trainer, rounds.engine
     server = trainer.server
+    if not (rounds.personal and trainer.averaging.export_personal):
+        return 0
     rnd = rounds.round(server.round_idx)
     for client in rounds.clients:
         if client.id in server.versions:
-            engine.load(client, rnd, server, rounds.rule)
+            engine.load_own(client, rnd, server, rounds.rule)
             folder = rounds.run.path / "adapters" / str(client.id)
             export(rounds, folder, engine.lora.state().cut(client.rank), client.id)
     engine.lora.load(server.adapter)
@@ -52,7 +57,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str,
     trainer = rounds.trainer
     history = trainer.server.history
     first, last = history[0], history[-1]
-    judged = [(value, row) for row in history if (value := row.get("val/acc")) is not None]
+    judged = [(value, row) for row in history if (value := row.get(rounds.monitor)) is not None]
     best = max(judged, key=lambda pair: pair[0])[1] if judged else None
 
     def total(name: str) -> float:
@@ -68,6 +73,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str,
         },
         "final": dict(last),
         "best": None if best is None else dict(best),
+        "monitor": rounds.monitor,
         "comm/up_bytes": total("comm/up_bytes"),
         "comm/down_bytes": total("comm/down_bytes"),
         "seconds": total("time/round_s"),
@@ -89,6 +95,29 @@ def summary_round(path: Path) -> int | None:
         return int(json.loads(path.read_text(encoding="utf-8"))["round"])
     except (OSError, ValueError, KeyError):
         return None
+
+
+def write_client_scores(rounds: Rounds) -> dict[str, float | None]:
+    """Write how each client does on its own test rows, where there are any.
+
+    Returns:
+        ``test/clients_acc_mean``, ``_min`` and ``_std`` over clients.
+    """
+    trainer = rounds.trainer
+    scores = rounds.evaluate_clients(rounds.clients, trainer.server, "test")
+    if not scores:
+        return {}
+    columns = ("id", "name", "samples", "played", "test_rows", "acc", "loss")
+    write_csv(
+        rounds.run.client_test,
+        columns,
+        (
+            (c.id, c.name, c.num_samples, c.id in trainer.server.received, s.count, s.acc, s.loss)
+            for c in rounds.clients
+            if (s := scores.get(c.id)) is not None
+        ),
+    )
+    return spread(scores, "test/clients_")
 
 
 @torch.no_grad()

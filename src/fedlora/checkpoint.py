@@ -29,7 +29,9 @@ FREE = (
     "trainer.logger",
     "trainer.progress",
     "trainer.default_root_dir",
+    "trainer.round_lr.rounds",  # what it comes to is compared apart
     "trainer.averaging.init_args.export_rank",  # of files that are derived
+    "trainer.averaging.init_args.export_personal",
     "data.cache_dir",
     "data.cache_gb",
     "model.adapter",  # where a run started from: its checkpoint has all that came of it

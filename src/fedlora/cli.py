@@ -12,6 +12,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from fedlora.arguments import TOOLS, complete
+from fedlora.callbacks.ditto import Ditto
+from fedlora.callbacks.proximal import FedProx
+from fedlora.callbacks.scaffold import SCAFFOLD
 from fedlora.data.datamodule import FederatedDataModule
 from fedlora.data.partition import link_partitioner
 from fedlora.errors import UsageError
@@ -20,6 +23,8 @@ from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.trainer import FederatedTrainer
 
 COMMANDS = ("fit", "validate", "test", "predict")
+# A class that was imported can be named without its module: --trainer.callbacks+=FedProx
+OBJECTIVES = (Ditto, FedProx, SCAFFOLD)
 
 
 class FederatedCLI(LightningCLI):

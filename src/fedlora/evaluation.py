@@ -9,15 +9,18 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fedlora import artefacts, checkpoint, per_class
-from fedlora.engines.evaluate import evaluate_split
+from fedlora.engines.evaluate import evaluate_split, spread
 from fedlora.errors import FedloraError
+from fedlora.federation import make_clients, make_rounds
 from fedlora.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from fedlora.trainer import FederatedTrainer
 
 
-def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> RunFolder | None:
+def load_for_evaluation(
+    trainer: FederatedTrainer, ckpt_path: str | None
+) -> tuple[RunFolder, checkpoint.Checkpoint] | None:
     """Load a checkpoint's adapter into the model; None leaves it untrained."""
     if ckpt_path is None:
         trainer.progress.say("no ckpt_path: this is the model before any training.")
@@ -33,13 +36,13 @@ def load_for_evaluation(trainer: FederatedTrainer, ckpt_path: str | None) -> Run
             "of what follows may be of pictures that it was trained on."
         )
     trainer.lightning_module.lora.load(saved.server.adapter)
-    return run
+    return run, saved
 
 
 def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
     """Write the predictions beside the checkpoint, or under the root without one."""
-    run = load_for_evaluation(trainer, ckpt_path)
-    path = run.predictions if run else trainer.default_root_dir / "predictions.csv"
+    loaded = load_for_evaluation(trainer, ckpt_path)
+    path = loaded[0].predictions if loaded else trainer.default_root_dir / "predictions.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     count = artefacts.write_predictions(trainer, path)
     trainer.progress.say(f"{count} predictions are in {path}")
@@ -48,7 +51,7 @@ def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
 
 def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, float]:
     """Metrics of the split that the trainer's stage names; of the test split each class's too."""
-    run = load_for_evaluation(trainer, ckpt_path)
+    loaded = load_for_evaluation(trainer, ckpt_path)
     model, data = trainer.lightning_module, trainer.datamodule
     testing = trainer.state.fn == TrainerFn.TESTING
     trainer.call(f"on_{'test' if testing else 'validation'}_start")
@@ -61,11 +64,35 @@ def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, flo
             f"data a {split} split."
         )
     values = scores.defined()
+    if loaded is not None:
+        values |= _of_clients(trainer, *loaded, split)
     trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
     trainer.call(f"on_{'test' if testing else 'validation'}_end")
-    trainer.progress.table({name: values.get(name, "not defined") for name in scores.values})
+    shown = dict.fromkeys([*scores.values, *values])
+    trainer.progress.table({name: values.get(name, "not defined") for name in shown})
     if scores.classes:
-        path = (run.path if run else trainer.default_root_dir) / per_class.OF_TEST
+        path = (loaded[0].path if loaded else trainer.default_root_dir) / per_class.OF_TEST
         per_class.write(path, data.class_names, scores.classes)
         per_class.show(trainer.progress, data.class_names, scores.classes, path)
     return values
+
+
+def _of_clients(
+    trainer: FederatedTrainer,
+    run: RunFolder,
+    saved: checkpoint.Checkpoint,
+    split: Literal["val", "test"],
+) -> dict[str, float]:
+    """How clients do on their own rows with the models that they have in a checkpoint."""
+    trainer.run, trainer.server = run, saved.server
+    trainer.rounds = rounds = make_rounds(trainer, run, make_clients(trainer))
+    same = ("rule", "objectives", "pictures_sha256", "client_samples", "client_ranks")
+    if any(saved.identity.get(name) != rounds.identity[name] for name in same):
+        trainer.progress.say("the clients are not those of the run: they are left out.")
+        return {}
+    found: dict[str, float | None] = {}
+    if split == "test":
+        found = artefacts.write_client_scores(rounds)
+    elif rounds.personal:
+        found = spread(rounds.evaluate_clients(rounds.clients, saved.server), "clients/")
+    return {name: value for name, value in found.items() if value is not None}

@@ -2,12 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from fedlora.errors import CheckpointError
 from fedlora.files import clear_os_errors, write_atomically
 from fedlora.state import AdapterState
+
+OWN, MEMORY = "own/", "memory/"  # what the names of the tensors in a file begin with
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client keeps until it plays again; none of it is ever seen by a rule.
+
+    Attributes:
+        adapter: what of the adapter is its own: loaded in the place of the server's.
+        own: a second adapter, where the client trains a model of its own beside the common one.
+        memory: what an objective remembers of it.
+    """
+
+    adapter: AdapterState = field(default_factory=AdapterState)
+    own: AdapterState = field(default_factory=AdapterState)
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, under the name that it has in a file."""
+        yield from self.adapter.tensors()
+        for name, tensor in self.own.tensors():
+            yield f"{OWN}{name}", tensor
+        for name, tensor in self.memory.items():
+            yield f"{MEMORY}{name}", tensor
+
+    def __bool__(self) -> bool:
+        """Whether there is anything."""
+        return next(self.tensors(), None) is not None
+
+    def nbytes(self) -> int:
+        """Bytes of the file that holds it."""
+        from safetensors.torch import save
+
+        return len(save({name: tensor.contiguous() for name, tensor in self.tensors()}))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Kept:
+        """The inverse of :meth:`tensors`.
+
+        Raises:
+            ValueError: for a name that is of nothing.
+        """
+        own = {n.removeprefix(OWN): t for n, t in tensors.items() if n.startswith(OWN)}
+        memory = {n.removeprefix(MEMORY): t for n, t in tensors.items() if n.startswith(MEMORY)}
+        rest = {n: t for n, t in tensors.items() if not n.startswith((OWN, MEMORY))}
+        return cls(AdapterState.from_tensors(rest), AdapterState.from_tensors(own), memory)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What the clients' states of a run take on disk, before there is any.
+
+    Attributes:
+        each: bytes of a client's file; 0 where nothing stays with the clients.
+        clients: clients that can have one by the end.
+        cohort: clients that get a new one in a round.
+        free: bytes free where they go.
+    """
+
+    each: int
+    clients: int
+    cohort: int
+    free: int
+
+    @property
+    def all(self) -> int:
+        """Bytes once every client that can has its state."""
+        return self.each * self.clients
+
+    @property
+    def most(self) -> int:
+        """Bytes that are never exceeded.
+
+        The best checkpoint may need an older state of every client, the one before last those of
+        its last round, and a round that is being played writes its own.
+        """
+        return 2 * self.each * (self.clients + self.cohort)
+
+    @property
+    def lacking(self) -> bool:
+        """Whether there may be too little room."""
+        return self.most > self.free
 
 
 class ClientStore:
@@ -29,19 +115,19 @@ class ClientStore:
         """The file of one version."""
         return self.folder / str(client_id) / f"{version}.safetensors"
 
-    def write(self, client_id: int, version: int, state: AdapterState) -> None:
-        """Keep a client's state; it is in force once :meth:`take_versions` was committed."""
+    def write(self, client_id: int, version: int, kept: Kept) -> None:
+        """Keep what is a client's; it is in force once :meth:`take_versions` was committed."""
         from safetensors.torch import save_file
 
         path = self.path(client_id, version)
         with clear_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors()}
+        tensors = {name: tensor.contiguous() for name, tensor in kept.tensors()}
         write_atomically(path, lambda file: save_file(tensors, file))
         self._written[client_id] = version
 
-    def read(self, client_id: int, versions: Mapping[int, int]) -> AdapterState:
-        """The client's state in force; an empty one where it has none.
+    def read(self, client_id: int, versions: Mapping[int, int]) -> Kept:
+        """What the client keeps, as is in force; nothing where it has none.
 
         Raises:
             CheckpointError: when the file that is in force is gone or damaged.
@@ -50,19 +136,15 @@ class ClientStore:
         from safetensors.torch import load_file
 
         if client_id not in versions:
-            return AdapterState()
+            return Kept()
         path = self.path(client_id, versions[client_id])
-        parts: dict[str, dict[str, object]] = {"A": {}, "B": {}, "other": {}}
         try:
-            for name, tensor in load_file(path).items():
-                part, key = name.split("/", 1)
-                parts[part][key] = tensor
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            return Kept.from_tensors(load_file(path))
+        except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"the state of client {client_id} cannot be read from {path} ({error}). Restore "
                 "that file, or start a new run."
             ) from error
-        return AdapterState(**parts)  # type: ignore[arg-type]
 
     def take_versions(self, versions: Mapping[int, int]) -> dict[int, int]:
         """``versions`` with what was written since the last call."""

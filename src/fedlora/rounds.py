@@ -2,51 +2,37 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from fedlora import artefacts, checkpoint
+from fedlora import artefacts, checkpoint, identity
 from fedlora.aggregation.meter import AggregationMeter, Figures
 from fedlora.callbacks.base import Row
-from fedlora.engines.evaluate import evaluate_clients, evaluate_split
+from fedlora.engines.evaluate import (
+    ClientScore,
+    evaluate_clients,
+    evaluate_split,
+    spread,
+)
 from fedlora.errors import CheckpointError, FedloraError
+from fedlora.personal import Storage
 from fedlora.run_folder import CHECKPOINTS, RunFolder
-from fedlora.sampling import choose
+from fedlora.sampling import Absence, Plan, choose, plan
 from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
+from fedlora.tally import Tally
 
 if TYPE_CHECKING:
     from fedlora.engines.sequential import SequentialEngine
     from fedlora.modules.metrics import Scores
     from fedlora.trainer import FederatedTrainer
 
-
-class Tally:
-    """Adds up what a round's updates say while they stream by."""
-
-    def __init__(self) -> None:
-        self.up = self.down = 0
-        self.clients: list[Client] = []
-        self._loss = self._weight = 0.0
-
-    def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
-        """Pass the updates on."""
-        for update in updates:
-            self.clients.append(update.client)
-            self.up += update.nbytes
-            self.down += update.down_nbytes
-            self._loss += update.metrics["loss"] * update.client.num_samples
-            self._weight += update.client.num_samples
-            yield update
-
-    @property
-    def loss(self) -> float | None:
-        """Mean training loss over the samples of the clients that answered."""
-        return self._loss / self._weight if self._weight else None
+TOO_FEW = "too few others"  # why a client that would have answered did not train
 
 
 class Rounds:
@@ -71,19 +57,7 @@ class Rounds:
         self.clients = clients
         self.rule = trainer.averaging.aggregator
         self.run = run
-        # What a resumed run must share with this one besides its config.
-        self.identity: dict[str, Any] = {
-            "seed": trainer.seed,
-            "rule": _class_path(self.rule),
-            "base_model_sha256": engine.lora.federated.base_sha256,
-            "class_names": list(engine.data.class_names),
-            "pictures_sha256": engine.data.holdings.fingerprint(),
-            "client_samples": [client.num_samples for client in clients],
-            "client_ranks": [client.rank for client in clients],
-            "client_scales": [client.scale for client in clients],
-            "scaling": dict(engine.lora.scaling),
-            "shapes": {name: list(tensor.shape) for name, tensor in engine.lora.state().tensors()},
-        }
+        self.identity = identity.of(trainer, engine, clients)
         self._on_disk: dict[str, Mapping[int, int]] = {}
 
     def round(self, idx: int) -> Round:
@@ -91,6 +65,27 @@ class Rounds:
         count = len(self.clients)
         cohort = self.trainer.clients_per_round or count
         return Round(idx, self.trainer.seed, count, min(cohort, count))
+
+    @property
+    def personal(self) -> bool:
+        """Whether each client has a model of its own."""
+        return self.engine.personal(self.rule, self.round(0))
+
+    @property
+    def monitor(self) -> str:
+        """The figure that says how good a round was, unless another is asked for."""
+        return "clients/acc_mean" if self.personal else "val/acc"
+
+    def storage(self) -> Storage:
+        """What stays with the clients, in bytes on disk."""
+        rnd = self.round(self.trainer.server.round_idx)
+        rank = max(client.rank for client in self.clients)
+        return Storage(
+            self.engine.kept_nbytes(self.rule, rnd, rank),
+            min(rnd.num_clients, rnd.cohort * self.trainer.max_rounds),
+            rnd.cohort,
+            shutil.disk_usage(self.run.path).free,
+        )
 
     def prepare(self) -> None:
         """Let the rule make the adapter that a new run starts from."""
@@ -142,41 +137,73 @@ class Rounds:
         trainer, server = self.trainer, self.trainer.server
         began = time.perf_counter()
         rnd = self.round(server.round_idx)
-        chosen = choose(self.clients, rnd)
+        planned = plan(self.clients, rnd, trainer.sampling, self.engine.num_steps)
+        if len(planned.players) < trainer.min_clients:
+            planned = self._void(planned, rnd)
         trainer.call("on_train_epoch_start")
-        trainer.call("on_round_start", rnd, chosen)
-        meter, tally = AggregationMeter(), Tally()
-        with closing(self.engine.play(chosen, rnd, server, self.rule)) as updates:
-            seen = tally.watch(meter.watch(self._announce(updates)))
-            adapter = trainer.averaging.average(server.adapter, seen, rnd)
-            for _ in seen:  # a rule that stops early must still let every client train
-                pass
-        _check_finite(adapter, rnd)
-        self.engine.lora.load(adapter)
+        trainer.call("on_round_start", rnd, planned.players)
+        adapter, tally, report = self._average(planned, rnd)
+        reached = [*planned.players, *(each.client for each in planned.absent if each.reached)]
         state = replace(
             server,
             adapter=adapter,
             round_idx=rnd.idx + 1,
             versions=self.engine.store.take_versions(server.versions),
-            received={**server.received, **{client.id: rnd.idx for client in chosen}},
+            received={**server.received, **{client.id: rnd.idx for client in reached}},
         )
-        figures = Figures() if self.rule.private(rnd) else meter.figures(adapter)
-        report: dict[str, float | None] = {
-            "round": state.round_idx,
-            "train/loss": tally.loss,
-            "comm/up_bytes": tally.up,
-            "comm/down_bytes": tally.down + self.engine.unanswered_nbytes,
-            "agg/error": figures.error,
-            "agg/effective_rank": figures.effective_rank,
-            "clients/drift_mean": figures.drift_mean,
-            "clients/drift_max": figures.drift_max,
-        }
         trainer.call("on_aggregate", server.adapter, adapter, report)
         due = state.round_idx % trainer.val_every_n_rounds == 0
         if due or state.round_idx == trainer.max_rounds:
             report |= self._evaluate(state, tally.clients)
         row = {**report, "time/round_s": time.perf_counter() - began}
         self._commit(replace(state, history=(*server.history, row)), row)
+
+    def _void(self, planned: Plan, rnd: Round) -> Plan:
+        """A round in which too few will answer: nobody trains, since nothing would come of it."""
+        self.trainer.progress.say(
+            f"round {rnd.idx + 1} passes without effect: {len(planned.players)} clients would "
+            f"answer, trainer.min_clients is {self.trainer.min_clients}."
+        )
+        left = tuple(Absence(client, TOO_FEW, True) for client in planned.players)
+        return Plan((), {}, (*planned.absent, *left))
+
+    def _average(
+        self, planned: Plan, rnd: Round
+    ) -> tuple[AdapterState, Tally, dict[str, float | None]]:
+        """Play the clients, and load what becomes of the adapter into the model."""
+        trainer, server = self.trainer, self.trainer.server
+        meter = AggregationMeter()
+        self.tally = tally = Tally(rnd, trainer.min_clients if planned.players else 0)
+        with closing(self.engine.play(planned, rnd, server, self.rule)) as updates:
+            seen = tally.watch(meter.watch(self._announce(updates)))
+            adapter = trainer.averaging.average(server.adapter, seen, rnd)
+            for _ in seen:  # a rule that stops early must still let every client train
+                pass
+        _check_finite(adapter, rnd)
+        self.engine.lora.load(adapter)
+        figures = Figures() if self.rule.private(rnd) & {"A", "B"} else meter.figures(adapter)
+        return (
+            adapter,
+            tally,
+            {
+                "round": rnd.idx + 1,
+                "train/loss": tally.loss,
+                "clients/answered": len(tally.clients),
+                "comm/up_bytes": tally.up,
+                "comm/down_bytes": tally.down + self.engine.unanswered_nbytes,
+                "agg/error": figures.error,
+                "agg/effective_rank": figures.effective_rank,
+                "clients/drift_mean": figures.drift_mean,
+                "clients/drift_max": figures.drift_max,
+            },
+        )
+
+    def miss(self, absence: Absence, nbytes: int, error: Exception | None) -> None:
+        """Take note of a client that does not answer."""
+        self.tally.miss(absence, error)
+        if error is not None:
+            self.trainer.progress.say_left_out(absence, error)
+        self.trainer.call("on_client_absent", absence, nbytes)
 
     def _announce(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         for update in updates:
@@ -193,8 +220,15 @@ class Rounds:
         chosen = participants if which == "participants" else self.clients
         if isinstance(which, int):
             chosen = choose(self.clients, replace(self.round(0), cohort=which))
+        scores = self.evaluate_clients(chosen, state)
+        return {**row, **spread(scores, "clients/")}
+
+    def evaluate_clients(
+        self, clients: Sequence[Client], state: ServerState, split: Literal["val", "test"] = "val"
+    ) -> dict[int, ClientScore]:
+        """How each client does on its own rows, with the model that it uses."""
         rnd = self.round(state.round_idx)
-        return {**row, **evaluate_clients(self.engine, chosen, rnd, state, self.rule)}
+        return evaluate_clients(self.engine, clients, rnd, state, self.rule, split)
 
     def test(self, per_class: bool = False) -> Scores:
         """Metrics of the test split of the model as it is loaded."""
@@ -229,7 +263,7 @@ class Rounds:
 
     def _save(self) -> None:
         trainer = self.trainer
-        rule = {"class_path": _class_path(self.rule), "state": self.rule.state_dict()}
+        rule = {"class_path": identity.class_path(self.rule), "state": self.rule.state_dict()}
         content = checkpoint.Checkpoint(
             trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
         )
@@ -253,10 +287,6 @@ class Rounds:
             return checkpoint.load(self.run.checkpoint(name)).server.versions
         except CheckpointError:  # missing or damaged: it needs none
             return {}
-
-
-def _class_path(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _check_finite(adapter: AdapterState, rnd: Round) -> None:

@@ -33,6 +33,7 @@ class RunFolder:
     summary = property(lambda self: self.path / "summary.json")
     predictions = property(lambda self: self.path / "predictions.csv")
     per_class = property(lambda self: self.path / "per_class.csv")
+    client_test = property(lambda self: self.path / "client_test.csv")
     skipped = property(lambda self: self.path / "skipped.csv")
     log = property(lambda self: self.path / "fedlora.log")
 

@@ -11,18 +11,14 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
-from torch import Tensor
 
 from fedlora import artefacts, checkpoint, per_class
-from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
-from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
-from fedlora.personal import ClientStore
-from fedlora.ranks import assign_ranks
+from fedlora.federation import make_clients, make_rounds
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import derive_seed
-from fedlora.state import AdapterState, Client, ServerState
+from fedlora.state import AdapterState, ServerState
 
 if TYPE_CHECKING:
     from fedlora.trainer import FederatedTrainer
@@ -74,12 +70,12 @@ def _attach(trainer: FederatedTrainer) -> None:
 
 def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     """Start a run, or go on with one, until it is over."""
-    clients = _make_clients(trainer)
+    clients = make_clients(trainer)
     run, saved = _open(trainer, ckpt_path)
     trainer.run = run
     if ckpt_path is not None and saved is None:  # left out while there might be a checkpoint
         trainer.lightning_module.start_from_adapter()
-    trainer.rounds = rounds = _make_rounds(trainer, run, clients)
+    trainer.rounds = rounds = make_rounds(trainer, run, clients)
     trainer.server = ServerState(AdapterState())
     if saved is not None:
         rounds.resume(saved)
@@ -162,69 +158,22 @@ def _is_over(trainer: FederatedTrainer) -> bool:
     return bool(trainer.server.finished) or trainer.server.round_idx >= trainer.max_rounds
 
 
-def _make_clients(trainer: FederatedTrainer) -> list[Client]:
-    """Every client with its rank; refuses what cannot be before there is a run folder."""
-    clients = trainer.datamodule.clients()
-    if trainer.clients_per_round is not None and trainer.clients_per_round > len(clients):
-        raise FedloraError(
-            f"trainer.clients_per_round must be between 1 and {len(clients)} (the number of "
-            f"clients), got {trainer.clients_per_round}. Lower it or raise data.num_clients."
-        )
-    return assign_ranks(
-        clients,
-        trainer.client_ranks,
-        trainer.lightning_module.lora_config,
-        trainer.averaging.aggregator,
-        trainer.seed,
-        trainer.client_alpha,
-    )
-
-
-def _make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]) -> Rounds:
-    def on_start(client: Client) -> None:
-        trainer.call("on_client_start", client)
-
-    def on_batch(lane: Lane, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        trainer.lane = lane
-        trainer.call("on_train_batch_end", outputs, batch, lane.step)
-
-    def on_skip(_: Client, error: NonFiniteError) -> None:
-        trainer.progress.say(f"left out of the round: {error}")
-
-    loop = LocalLoop(
-        trainer.fabric,
-        trainer.lightning_module,
-        epochs=trainer.local_epochs,
-        steps=trainer.local_steps,
-        clip=trainer.gradient_clip_val,
-        accumulate=trainer.accumulate_grad_batches,
-        limit_batches=trainer.limit_train_batches,
-        on_batch=on_batch,
-    )
-    engine = SequentialEngine(
-        loop,
-        trainer.datamodule,
-        ClientStore(run.clients),
-        on_start,
-        on_skip if trainer.on_nonfinite == "skip" else None,
-    )
-    return Rounds(trainer, run, engine, clients)
-
-
 def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:
     """Test once, and write what a run leaves behind."""
     trainer.call("on_test_start")
     scores = rounds.test(per_class=True)
+    values = {**scores.values, **artefacts.write_client_scores(rounds)}
     trainer.call("on_test_end")
     if scores.classes:
         names = trainer.datamodule.class_names
         per_class.write(rounds.run.per_class, names, scores.classes)
     personal = artefacts.export_personal(rounds)
     for logger in trainer.loggers:
-        logger.log_metrics(scores.defined(), step=trainer.server.round_idx)
+        defined = {name: value for name, value in values.items() if value is not None}
+        logger.log_metrics(defined, step=trainer.server.round_idx)
         logger.finalize("success")
     # Last: a run that has its summary is a finished one.
-    summary = artefacts.write_summary(rounds, scores.values)
+    summary = artefacts.write_summary(rounds, values)
     trainer.progress.conclude(summary, rounds.run, personal)
 
 

@@ -185,6 +185,21 @@ class AdapterState:
             for name, tensor in self.part(part).items():
                 yield f"{part}/{name}", tensor
 
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> AdapterState:
+        """A partial state from names as :meth:`tensors` gives them.
+
+        Raises:
+            ValueError: for a name of no part.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "other": {}}
+        for name, tensor in tensors.items():
+            part, _, path = name.partition("/")
+            if part not in parts:
+                raise ValueError(f"{name!r} is of no part of an adapter")
+            parts[part][path] = tensor
+        return cls(parts["A"], parts["B"], parts["other"])
+
     def to_dict(self) -> dict[str, Any]:
         """Tensors, dicts and numbers only, for ``torch.save`` and back with ``weights_only``."""
         return {

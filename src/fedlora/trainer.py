@@ -16,6 +16,7 @@ from torch import Tensor
 from fedlora import evaluation, session
 from fedlora.callbacks.averaging import AdapterAveraging
 from fedlora.callbacks.checkpoint import RoundCheckpoint
+from fedlora.callbacks.objective import Objective
 from fedlora.callbacks.progress import Progress, ProgressMode
 from fedlora.callbacks.records import Records
 from fedlora.data.datamodule import FederatedDataModule
@@ -23,8 +24,10 @@ from fedlora.engines.local import Lane
 from fedlora.errors import FedloraError
 from fedlora.hooks import Hooks
 from fedlora.modules.classifier import CLIPLoRAClassifier
+from fedlora.round_lr import RoundLR
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
+from fedlora.sampling import Sampling
 from fedlora.state import Client, ServerState
 
 
@@ -33,7 +36,8 @@ class FederatedTrainer:
 
     Args:
         averaging: the rule, gradient checkpointing and precision; None means FedAvg in float32.
-        callbacks: federated callbacks, and Lightning's that use only their hooks' arguments.
+        callbacks: federated callbacks, objectives among them, and Lightning's that use only their
+            hooks' arguments.
         logger: a Lightning logger or several; True means TensorBoard, False none.
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
         devices: 1 or ``auto``; more are refused for now.
@@ -41,6 +45,8 @@ class FederatedTrainer:
         seed: of everything that is drawn.
         max_rounds: rounds to play.
         clients_per_round: clients drawn for each round; None means all.
+        sampling: which clients are there and answer in time; by default all that are chosen.
+        min_clients: answers without which a round does not count; 0 does without any.
         client_ranks: LoRA ranks of the clients, at most the model's: one for all, a list with one
             for each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed; None means the
             model's. Needs a rule that can average them.
@@ -48,6 +54,7 @@ class FederatedTrainer:
             clients scale by the same lora_alpha / rank; ``fixed`` is one lora_alpha for all.
         local_epochs: passes over its rows that a client makes in a round.
         local_steps: optimizer steps of a client in a round; replaces ``local_epochs``.
+        round_lr: what the learning rates are multiplied with over the rounds; constant by default.
         gradient_clip_val: largest norm of a client's gradient.
         accumulate_grad_batches: batches per optimizer step.
         val_every_n_rounds: how often to evaluate; the last round always is.
@@ -58,6 +65,8 @@ class FederatedTrainer:
         threads: CPU threads of torch; None leaves torch's choice.
         on_nonfinite: a NaN or infinite loss or adapter of a client ends the run (``error``) or
             leaves the client out of the round (``skip``).
+        on_client_error: any other error while a client plays ends the run (``stop``) or leaves the
+            client out of the round (``skip``).
         progress: ``auto`` (a display on a terminal, lines elsewhere), ``rich``, ``plain``, ``off``.
         default_root_dir: where run folders are made.
 
@@ -76,10 +85,13 @@ class FederatedTrainer:
         seed: int = 0,
         max_rounds: int = 10,
         clients_per_round: int | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen; the command line shows its fields)
+        min_clients: int = 1,
         client_ranks: int | list[int] | dict[int, float] | None = None,
         client_alpha: Literal["scaled", "fixed"] = "scaled",
         local_epochs: int = 1,
         local_steps: int | None = None,
+        round_lr: RoundLR = RoundLR(),  # noqa: B008  (frozen; the command line shows its fields)
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         val_every_n_rounds: int = 1,
@@ -89,6 +101,7 @@ class FederatedTrainer:
         deterministic: bool = False,
         threads: int | None = None,
         on_nonfinite: Literal["error", "skip"] = "error",
+        on_client_error: Literal["stop", "skip"] = "stop",
         progress: ProgressMode = "auto",
         default_root_dir: str = "runs",
     ) -> None:
@@ -96,6 +109,7 @@ class FederatedTrainer:
             seed=(seed, 0),
             max_rounds=(max_rounds, 1),
             clients_per_round=(clients_per_round, 1),
+            min_clients=(min_clients, 0),
             local_epochs=(local_epochs, 1),
             local_steps=(local_steps, 1),
             accumulate_grad_batches=(accumulate_grad_batches, 1),
@@ -104,6 +118,13 @@ class FederatedTrainer:
             limit_train_batches=(limit_train_batches, 1),
             threads=(threads, 1),
         )
+        sampling.validate()
+        round_lr.validate()
+        if sampling.over_selection and clients_per_round is None:
+            raise FedloraError(
+                "trainer.sampling.over_selection chooses more than trainer.clients_per_round, and "
+                "without that all clients play. Set it, or leave over_selection out."
+            )
         if gradient_clip_val is not None and not gradient_clip_val > 0:
             raise FedloraError(
                 f"trainer.gradient_clip_val must be above 0, got {gradient_clip_val}. Leave it out "
@@ -120,10 +141,13 @@ class FederatedTrainer:
         self.seed = seed
         self.max_rounds = 1 if fast_dev_run else max_rounds
         self.clients_per_round = clients_per_round
+        self.sampling = sampling
+        self.min_clients = min_clients
         self.client_ranks = client_ranks
         self.client_alpha = client_alpha
         self.local_epochs = 1 if fast_dev_run else local_epochs
         self.local_steps = 1 if fast_dev_run and local_steps else local_steps
+        self.round_lr = round_lr
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.val_every_n_rounds = val_every_n_rounds
@@ -133,6 +157,7 @@ class FederatedTrainer:
         self.deterministic = deterministic
         self.threads = threads
         self.on_nonfinite = on_nonfinite
+        self.on_client_error = on_client_error
         self.default_root_dir = Path(default_root_dir)
         chosen = list(callbacks or [])
         keepers = sum(isinstance(callback, RoundCheckpoint) for callback in chosen)
@@ -171,6 +196,11 @@ class FederatedTrainer:
     is_global_zero = property(lambda self: self.fabric.is_global_zero)
     current_epoch = property(lambda self: self.server.round_idx)
     callbacks = property(lambda self: self.hooks.callbacks)
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """What clients minimise besides their loss."""
+        return [each for each in self.callbacks if isinstance(each, Objective)]
 
     def call(self, hook: str, *args: Any) -> None:
         """Call a hook of every callback."""
@@ -237,8 +267,9 @@ class FederatedTrainer:
         self.lightning_module, self.datamodule = model, datamodule
 
     def num_batches(self, client: Client) -> int:
-        """Batches that a client trains on in a round."""
-        return self.rounds.engine.loop.num_batches(self.datamodule.num_batches(client))
+        """Batches that a client trains on in a round, in all of its lanes."""
+        engine = self.rounds.engine
+        return engine.lanes * engine.loop.num_batches(self.datamodule.num_batches(client))
 
     def keep_as_best(self) -> None:
         """Give the checkpoint just written a second name, ``best.ckpt``."""

@@ -10,6 +10,7 @@ import torch
 from fedlora.aggregation import (
     RULES,
     FedAvg,
+    FedAvgM,
     FedExLoRA,
     FedSALoRA,
     FedSVD,
@@ -19,7 +20,7 @@ from fedlora.aggregation import (
     RoLoRA,
     WeightedMean,
 )
-from fedlora.state import Residual
+from fedlora.state import AdapterState, Residual
 from fedlora.testing import CHECKS, check_aggregator
 
 EXAMPLES = {"FedRPCA": 4}  # it iterates: the others take half as long with ten
@@ -111,10 +112,10 @@ class EditsWhatWasTrained(FedAvg):
 
 class RemembersWhatWasTrained(FedSALoRA):
     def __init__(self):
-        self.private = {}
+        self.seen = {}
 
     def upload(self, sent, trained, client, rnd):
-        self.private = dict(trained.B)
+        self.seen = dict(trained.B)
         return super().upload(sent, trained, client, rnd)
 
 
@@ -211,6 +212,40 @@ class SendsAnotherScaling(FlexLoRA):
 class SendsPaddedFactors(FlexLoRA):
     def upload(self, sent, trained, client, rnd):
         return super().upload(sent, trained, client, rnd).padded(dict.fromkeys(trained.A, 4))
+
+
+class KeepsItsHead(FedAvg):
+    """The head stays, though "other" is shared: right in itself."""
+
+    def private(self, rnd):
+        return frozenset({"other"})
+
+    def stays(self, trained, rnd):
+        return AdapterState(other={n: t for n, t in trained.other.items() if n[:4] == "clas"})
+
+    def upload(self, sent, trained, client, rnd):
+        kept = self.stays(trained, rnd).other
+        return replace(trained, other={n: t for n, t in trained.other.items() if n not in kept})
+
+
+class SendsWhatStays(KeepsItsHead):
+    def upload(self, sent, trained, client, rnd):
+        return trained
+
+
+class KeepsWhatIsNotPrivate(KeepsItsHead):
+    def private(self, rnd):
+        return frozenset({"B"})
+
+
+class KeepsAnother(KeepsItsHead):
+    def stays(self, trained, rnd):
+        return times(super().stays(trained, rnd), 2)
+
+
+class LosesWhatIsNotShared(FedSALoRA):
+    def stays(self, trained, rnd):
+        return AdapterState()
 
 
 class SendsTheLastFactorOnly(RoLoRA):
@@ -437,6 +472,10 @@ FAULTS = {
     ],
     "payload": [
         SendsWhatIsPrivate,
+        SendsWhatStays,
+        KeepsWhatIsNotPrivate,
+        KeepsAnother,
+        LosesWhatIsNotShared,
         KeepsTheHead,
         SendsHalves,
         SendsTheResidual,
@@ -478,5 +517,27 @@ def test_a_fault_is_found_by_its_check(check, rule):
         check_aggregator(rule, skip=CHECKS.keys() - {"ranks"} if check == "ranks" else ())
 
 
-def test_a_rule_with_a_state_of_its_own_passes():
-    check_aggregator(Counts)
+@pytest.mark.parametrize("rule", [Counts, KeepsItsHead])
+def test_a_rule_that_is_right_in_itself_passes(rule):
+    check_aggregator(rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        (SendsWhatStays, "upload() sends other/classifier.weight in round 0, which stays() keeps"),
+        (KeepsWhatIsNotPrivate, "stays() keeps other/classifier.weight in round 0, of a part that"),
+        (KeepsAnother, "stays() keeps another other/classifier.weight than was trained in round 0"),
+        (LosesWhatIsNotShared, "stays() does not keep B/layer0 in round 0, which is not shared."),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_stays_is_told_by_name(rule, said):
+    with pytest.raises(AssertionError) as caught:
+        check_aggregator(rule)
+    assert said in str(caught.value)
+
+
+def test_a_wrapper_is_named_with_its_rule():
+    with pytest.raises(AssertionError, match=r"^FedAvgM\(FedAvg\) fails 'one client': "):
+        check_aggregator(lambda: FedAvgM(FedAvg()))

@@ -18,7 +18,7 @@ from fedlora import FedloraError, RoundCheckpoint
 def test_the_best_round(mode, values: list[float | None], best: int) -> None:
     callback = RoundCheckpoint("val/acc", mode)
     for number, value in enumerate(values):
-        callback.consider({"round": number, "val/acc": value})
+        callback.consider({"round": number, "val/acc": value}, "val/acc")
     assert callback.best_round == best
     again = RoundCheckpoint("val/acc", mode)
     again.load_state_dict(callback.state_dict())

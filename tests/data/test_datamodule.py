@@ -212,6 +212,7 @@ def test_the_constructor_touches_nothing():
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and less than 1, got 1.0"),
         ({"client_val_fraction": -0.1}, "client_val_fraction must be at least 0 .* got -0.1"),
+        ({"client_test_fraction": 1.0}, "client_test_fraction must be at least 0 .* got 1.0"),
         ({"test_fraction": 1.5}, "test_fraction must be at least 0 and less than 1, got 1.5"),
         ({"n_shots": 0}, "n_shots must be at least 1, got 0"),
         ({"cache_gb": -1.0}, "cache_gb must be at least 0, got -1.0"),

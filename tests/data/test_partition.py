@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora.data.division import divide, stratified
-from fedlora.data.partition import default_partitioner
+from fedlora.data.partition import by_value, default_partitioner
 from fedlora.data.sources.base import ImageTable
 
 
@@ -227,3 +227,13 @@ def test_flwr_datasets_does_not_phone_home():
     env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert out.stdout.strip() == "0", out.stderr
+
+
+@pytest.mark.parametrize(
+    "values", [[], ["b"], ["b", "a", "b", "ab", "a", "b"], [3.5, -1.0, 3.5, 2.0]], ids=str
+)
+def test_where_each_value_stands(values):
+    found = by_value(np.array(values))
+    assert list(found) == sorted(set(values))
+    for value, places in found.items():
+        assert places.tolist() == [i for i, other in enumerate(values) if other == value]

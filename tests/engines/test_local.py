@@ -41,7 +41,9 @@ def batches(*values: list[float]) -> Any:
 
 def run(line: Line, data: Any, per_epoch: int, **settings: Any):
     loop = LocalLoop(Fabric(accelerator="cpu", devices=1), line, **settings)
-    return loop.run(Client(0, 3), Round(0), per_epoch, data)
+    lane = loop.open(Client(0, 3), Round(0))
+    loop.run(lane, Round(0), per_epoch, data)
+    return lane
 
 
 def sgd(lr: float = 0.25) -> Any:

@@ -46,6 +46,7 @@ from fedlora.modules.config import LoRAConfig
             "lora.target_components should be a list of 'encoder', 'classifier' or both but got "
             "'encoder'.",
         ),
+        ("train_norm", "all", "lora.train_norm must be true or false, got 'all'."),
         ("enabled", "yes", "lora.enabled must be true or false, got 'yes'."),
         ("r", True, "lora.r must be a whole number from 1, got True."),
         ("lora_alpha", "32", "lora.lora_alpha must be above 0, got '32'."),
@@ -104,7 +105,7 @@ def test_presets(preset: Callable[[], LoRAConfig], r: int, alpha: float) -> None
 
 
 def test_to_dict_is_json_and_makes_an_equal_config() -> None:
-    config = LoRAConfig(r=5, target_modules=["fc1"], layers=[-1], bias="all")
+    config = LoRAConfig(r=5, target_modules=["fc1"], layers=[-1], bias="all", train_norm=True)
     again = LoRAConfig(**json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert list(config.to_dict()) == [field.name for field in dataclasses.fields(LoRAConfig)]

@@ -106,20 +106,37 @@ def test_set_trainable_switches_gradients_by_part(parts: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bias", "names"),
+    ("bias", "train_norm", "names"),
     [
-        ("none", set()),
-        ("lora_only", {"block.fc1.bias"}),  # fc2 has none
-        ("all", {"block.fc1.bias", "norm.bias", "fc1.bias"}),
+        ("none", False, set()),
+        ("lora_only", False, {"block.fc1.bias"}),  # fc2 has none
+        ("all", False, {"block.fc1.bias", "norm.bias", "fc1.bias"}),
+        ("none", True, {"norm.weight", "norm.bias"}),
+        ("lora_only", True, {"block.fc1.bias", "norm.weight", "norm.bias"}),
+        ("all", True, {"block.fc1.bias", "norm.weight", "norm.bias", "fc1.bias"}),
     ],
 )
-def test_biases(bias: str, names: set[str]) -> None:
-    lora = make(bias=bias)
+def test_what_of_the_model_is_trained_in_full(bias: str, train_norm: bool, names: set[str]) -> None:
+    lora = make(bias=bias, train_norm=train_norm)
     assert set(lora.state().other) == names
     assert {n for n in lora.trainable() if n.startswith("other/")} == {f"other/{n}" for n in names}
-    if names:
+    if train_norm:
+        lora.load(AdapterState(other={"norm.weight": torch.full((4,), 3.0)}))
+        assert (lora.model.norm.weight == 3).all()
+        with lora.lora_disabled():
+            assert (lora.model.norm.weight == 1).all()
+    if bias != "none":
         lora.load(AdapterState(other={"block.fc1.bias": torch.full((7,), 2.0)}))
         assert (lora.layers["block.fc1"].get_base_layer().bias == 2).all()
+
+
+def test_a_layer_that_was_replaced_while_off_is_not_overwritten() -> None:
+    lora = make()
+    lora.disable_lora_layers()
+    mine = lora.model.block["fc2"] = nn.Linear(7, 4)
+    with pytest.raises(FedloraError, match=r"block\.fc2 was replaced while the adapter was off"):
+        lora.enable_lora_layers()
+    assert lora.model.block["fc2"] is mine
 
 
 def test_state_is_a_copy() -> None:

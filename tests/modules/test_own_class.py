@@ -867,6 +867,32 @@ def test_optimizers_that_it_holds(
         assert equal(sent(thing), sent(twin))
 
 
+@pytest.mark.parametrize("full", [{"bias": "all"}, {"train_norm": True}], ids=str)
+@pytest.mark.parametrize("make", [ADAM, sgd, lbfgs, named, two], ids=lambda m: m.__name__)
+def test_they_train_what_is_trained_in_full_in_the_clip(
+    make: Callable[[Any], Any], full: dict[str, Any], fresh: Callable[..., nn.Module]
+) -> None:
+    thing = own.Holding(fresh(), make)
+    groups = [group for o in thing.optimizers for group in o.param_groups]
+    before, held = snapshot(thing.clip), [list(map(id, group["params"])) for group in groups]
+    wrapper = wrapped(thing, ENCODER, seed=None, **full)
+    learned = {n: t.clone() for n, t in wrapper.exchanged().items()}
+    assert any("layer_norm1" in name for name in learned)
+    for _ in range(3):
+        thing.train_step(IMAGES, LABELS)
+    assert [n for n, t in wrapper.exchanged().items() if torch.equal(t, learned[n])] == []
+    now = {id(p) for group in groups for p in group["params"]}
+    assert now == {id(p) for p in wrapper.trainable().values()}
+    trained = {n: t.clone() for n, t in wrapper.exchanged().items()}
+    wrapper.disable_lora_layers()
+    wrapper.enable_lora_layers()
+    assert all(torch.equal(t, trained[n]) for n, t in wrapper.exchanged().items())
+    wrapper.unload()
+    changed = differences(before, snapshot(thing.clip))
+    assert [name for name in changed if not name.endswith("training")] == []
+    assert [list(map(id, group["params"])) for group in groups] == held
+
+
 def state_of_head(name: str, thing: Any) -> bool:
     """Momenta of the head are its own in every phase."""
     return any(f" {id(p)} " in name for p in thing.head.parameters())

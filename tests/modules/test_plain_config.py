@@ -18,6 +18,7 @@ PLAIN = {
         "lora_alpha": 8,
         "target_components": ["encoder"],
         "save_only_trainable": True,
+        "train_norm": True,
     },
 }
 
@@ -63,6 +64,8 @@ def test_fit_takes_the_plain_form(
     assert "model.lora.*" in captured.err
     exported = json.loads(Path("runs/version_0/adapter/adapter_config.json").read_text())
     assert exported["r"] == 4
+    told = json.loads(Path("runs/version_0/adapter/fedlora.json").read_text())
+    assert told["lora"]["train_norm"] is True
     assert main(["fit", "--ckpt_path", "last", "--trainer.max_rounds=2", *options[1:]]) == 0
 
     seven = {**PLAIN, "model": {**PLAIN["model"], "num_classes": 7}}

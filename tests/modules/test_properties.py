@@ -34,6 +34,7 @@ LORA = {
     "lora_dropout": st.sampled_from([0.0, 0.1, 0.5]),
     "use_rslora": st.booleans(),
     "bias": st.sampled_from(["none", "all", "lora_only"]),
+    "train_norm": st.booleans(),
 }
 # Merged, a product is rounded where it was added up in pieces before.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
@@ -99,12 +100,16 @@ def counts(model: FederatedCLIPModel, case: dict[str, Any]) -> tuple[int, int, i
             biases["text"] = 0
     if bias == "none":
         biases = dict.fromkeys(biases, 0)
-    full = sum(biases.values())
+    # Two in each block and one after it, in front of the vision tower one more: weight and bias,
+    # of which "all" has counted the bias.
+    held = {"vision": VISION * (2 * LAYERS + 2), "text": TEXT * (2 * LAYERS + 1)}
+    layers = {t: held[t] * (1 if bias == "all" else 2) * lora["train_norm"] for t in towers}
+    full = sum(biases.values()) + sum(layers.values())
     if case["head"] == "linear" and "classifier" not in components:
         # Trained in full, with its bias, whatever the setting.
         full += DIM * len(NAMES) + (0 if bias == "all" else len(NAMES))
     adapter = sum(factors.values())
-    text = factors.get("text", 0) + biases["text"]
+    text = factors.get("text", 0) + biases["text"] + layers.get("text", 0)
     idle = text if case["towers"] is None and case["head"] == "linear" else 0
     return adapter, full, adapter + full - idle
 

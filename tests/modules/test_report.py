@@ -29,6 +29,7 @@ BIASES = {  # "lora_only": of the adapted layers; "all" (the attention's has no 
         "mixed": 5 * 6 + 18 + 6 + 6 + 6 + 3,
     },
 }
+NORMS = {"mlp": 4, "resnet": 6 + 8 + 8 + 8, "mixed": 6}  # weights, and as many biases
 
 
 def factors(kind: str, r: int) -> int:
@@ -42,12 +43,14 @@ def full_nbytes(kind: str, size: int) -> int:
     return size * (TOTAL[kind] + STATISTICS[kind]) + 8 * COUNTERS[kind]
 
 
+@pytest.mark.parametrize("train_norm", [False, True])
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("r", [1, 4, 16])
 @pytest.mark.parametrize("kind", NETS)
-def test_counts_are_what_the_formulas_say(kind: str, r: int, bias: str) -> None:
-    report = wrap(make_net(kind), r=r, bias=bias).report()
+def test_counts_are_what_the_formulas_say(kind: str, r: int, bias: str, train_norm: bool) -> None:
+    report = wrap(make_net(kind), r=r, bias=bias, train_norm=train_norm).report()
     adapter, full = factors(kind, r), BIASES.get(bias, {kind: 0})[kind]
+    full += train_norm * NORMS[kind] * (1 if bias == "all" else 2)
     travels = adapter + full + STATISTICS[kind]
     assert report == ParameterReport(
         total=TOTAL[kind],

@@ -80,6 +80,7 @@ MODELS: dict[str, Callable[[Path], LoRAWrapper]] = {
     "rslora": lambda folder: adapted(folder, use_rslora=True, r=5),
     "odd scaling": lambda folder: adapted(folder, r=3, lora_alpha=7),
     "biases": lambda folder: adapted(folder, bias="all", placement="attention"),
+    "norms": lambda folder: adapted(folder, train_norm=True),
     "text head, both towers": lambda folder: adapted(folder, head="text", towers="both"),
     "head with LoRA": lambda f: adapted(f, target_components=["encoder", "classifier"]),
     "head alone": lambda f: adapted(f, target_components=["classifier"]),
@@ -87,6 +88,7 @@ MODELS: dict[str, Callable[[Path], LoRAWrapper]] = {
     "own class, head with LoRA": lambda f: own(f, target_components=["encoder", "classifier"]),
     "resnet": lambda _: resnet(),
     "resnet, biases": lambda _: resnet(bias="all"),
+    "resnet, norms and biases": lambda _: resnet(bias="lora_only", train_norm=True),
 }
 
 
@@ -278,6 +280,33 @@ def test_dora_of_peft_itself(folder: Path, tmp_path: Path) -> None:
         read_adapter(tmp_path / "peft")
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_peft_does_not_say_whether_norms_were_trained(
+    bias: str, folder: Path, tmp_path: Path
+) -> None:
+    """They are in its file or not; where not, those of the model stay as they are."""
+    peft_adapter(folder, tmp_path / "peft", CLIPVisionModelWithProjection, bias=bias)
+    lora = adapted(folder, bias=bias, train_norm=True)
+    load_adapter(tmp_path / "peft", lora)
+    untrained = CLIPModel.from_pretrained(folder).state_dict()
+    weights = {n: t for n, t in lora.state().other.items() if "norm" in n and "weight" in n}
+    assert len(weights) == 6
+    assert all(torch.equal(t, untrained[n]) for n, t in weights.items())
+
+    shake(lora)
+    save(lora, tmp_path / "ours")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "ours" / name, copied / name)
+    again = adapted(folder, bias=bias, train_norm=True)
+    load_adapter(copied, again)
+    inside = {n: t for n, t in lora.state().other.items() if not n.startswith("classifier")}
+    assert all(torch.equal(again.state().other[n], t) for n, t in inside.items())
+    message = differences(copied, adapted(folder, bias=bias))
+    assert message.endswith(": train_norm is True there, False here (set lora.train_norm=true).")
+
+
 # What does not fit.
 
 
@@ -311,6 +340,19 @@ def differences(folder: Path, lora: LoRAWrapper) -> str:
         ({"target_modules": ["fc1"], "layers": [0]}, {"target_modules": ["fc1"]}, ["layer vision"]),
         ({"bias": "all"}, {}, ["bias is 'all' there, 'none' here (set lora.bias=all)"]),
         ({}, {"bias": "lora_only"}, ["bias is 'none' there, 'lora_only' here"]),
+        (
+            {"train_norm": True},
+            {},
+            [
+                "nothing was changed: train_norm is True there",
+                "False here (set lora.train_norm=true).",
+            ],
+        ),
+        (
+            {},
+            {"train_norm": True, "bias": "all"},
+            ["train_norm is False there, True here (set lora.train_norm=false); bias is 'none'"],
+        ),
         ({"head": "text"}, {}, ["its head is 'text', here 'linear' (set model.head=text)"]),
         (
             {"target_components": ["encoder", "classifier"]},

@@ -127,14 +127,23 @@ def test_a_whole_exchange_that_fails_is_undone_too(folder: Path, how: str) -> No
     assert all(p is parameters[n] for n, p in mine.named_parameters())
 
 
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"bias": "all"}, "layer_norm1.bias"),
+        ({"bias": "lora_only"}, "fc1.bias"),
+        ({"train_norm": True}, "layer_norm1.weight"),
+    ],
+)
 @pytest.mark.parametrize(("head", "towers"), [("linear", None), ("text", "vision")])
-def test_biases_are_those_of_the_adapted_towers(
-    folder: Path, bias: str, head: str, towers: str | None
+def test_what_is_trained_in_full_is_of_the_adapted_towers(
+    folder: Path, settings: dict[str, Any], name: str, head: str, towers: str | None
 ) -> None:
     thing = model(folder, head=head)
-    lora = wrap(thing, towers=towers, bias=bias)
-    assert any(name.endswith("bias") for name in lora.get_parameters())
+    lora = wrap(thing, towers=towers, **settings)
+    blocks = thing.clip.vision_model.encoder.layers
+    found = [n for n in lora.get_parameters() if n.endswith(name)]
+    assert len(found) == len(blocks)
     assert not any("text_" in name for name in lora.get_parameters())
     assert not any("text_" in name for name in lora.state().other)
     if head == "text":

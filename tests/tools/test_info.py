@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,9 @@ from transformers import (
 from fedlora.errors import FedloraError
 from fedlora.main import main
 from fedlora.modules.classifier import CLIPLoRAClassifier
-from fedlora.modules.config import LoRAConfig
+from fedlora.modules.config import Bias, LoRAConfig
 from fedlora.tools import info
-from fedlora.tools.info import IGNORED, RANKS, measure
+from fedlora.tools.info import IGNORED, RANKS, measure, show
 
 DIM = 512  # of the features that images and texts share
 
@@ -171,6 +172,27 @@ def test_layers_and_modules(b32: str) -> None:
     # Biases of 12 blocks: fc1 and fc2.
     sizes = measure(b32, lora=LoRAConfig(bias="lora_only"))
     assert rows(sizes, "vision")[8]["full"] == 12 * (768 + 3072)
+
+
+@pytest.mark.parametrize(("bias", "times"), [("none", 2), ("all", 1)])
+def test_normalisation_layers(capsys: pytest.CaptureFixture[str], bias: Bias, times: int) -> None:
+    """Two in each of 4 and 2 blocks, one after them, in front of the vision tower one more."""
+    config = LoRAConfig(bias=bias)
+    without, sizes = (
+        measure("tiny-clip", lora=replace(config, train_norm=n)) for n in (False, True)
+    )
+    held = {"vision": 128 * 10, "both": 128 * 10 + 64 * 5}
+    for row, plain in zip(sizes["rows"], without["rows"], strict=True):
+        more = times * held[row["towers"]]
+        assert row["full"] - plain["full"] == more
+        assert row["float32_bytes"] - plain["float32_bytes"] == 4 * more
+        assert (row["total"], row["adapter"]) == (plain["total"], plain["adapter"])
+    show(sizes)
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"bias={bias}, target_components=['encoder'], train_norm=True" in text
+    assert "r adapter in full trained" in text
+    show(without)
+    assert "train_norm" not in capsys.readouterr().out
 
 
 def test_a_block_that_one_tower_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,36 @@ def test_a_table_of_sites(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Label skew 0.0" in out
 
 
+@pytest.mark.parametrize(
+    ("args", "cells", "words"),
+    [
+        # Of 50 pictures 5 to validate at the server; 9 of 45 to test, 4 of 36 to validate.
+        (["--data.hold_out=west", "--data.client_test_fraction=0.2"], ["32", "4", "9"], "18 of"),
+        # Of 50 pictures 10 to test and 4 of 40 to validate at the server, which is what a client
+        # tests on, too; 7 of 36 to test, 3 of 29 to validate.
+        (["--data.client_test_fraction=0.2"], ["26", "3", "17"], "51 of their own to test on; "),
+        ([], ["32", "4", "10"], "30 of their own to test on; the server has 30 of these, too"),
+    ],
+)
+def test_what_clients_test_on_is_a_column(
+    args: list[str], cells: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_sites(Path("pictures"), ("north", "south", "west"), count=25)
+    lines = said([*FOLDER, *args], capsys).splitlines()
+    assert lines[0].split()[:5] == ["client", "name", "train", "val", "test"]
+    assert lines[2].split()[1:5] == ["north", *cells]
+    assert words in "\n".join(lines)
+    held = json.loads(said([*FOLDER, *args, "--json"], capsys))
+    assert [client["test"] for client in held["clients"]] == [int(cells[2])] * len(held["clients"])
+    assert held["shared_test"] == (0 if "--data.hold_out=west" in args else 30)
+
+
+def test_no_column_where_no_client_tests(capsys: pytest.CaptureFixture[str]) -> None:
+    out = said(["--data.num_clients=3"], capsys)
+    assert out.splitlines()[0].split()[:4] == ["client", "train", "val", "zero"]
+    assert "of their own to test on" not in out
+
+
 def test_skew_by_hand() -> None:
     class Apart(FederatedDataModule):
         class_names = ("a", "b")  # type: ignore[assignment]
@@ -60,16 +90,17 @@ def test_skew_by_hand() -> None:
         def divide(self):  # type: ignore[no-untyped-def]
             from types import SimpleNamespace
 
+            from fedlora.data.division import Division
+
             labels = np.array([0, 0, 1, 1])
             one, two, none = np.array([0, 1]), np.array([2, 3]), np.array([], dtype=np.int64)
-            division = SimpleNamespace(
+            division = Division(
                 train=(one, two),
                 client_val=(none, none),
+                client_test=(none, none),
                 names=("", ""),
                 val=none,
                 test=none,
-                idle=0,
-                unusable=0,
             )
             return SimpleNamespace(labels=labels), division
 

@@ -41,6 +41,11 @@ class Aggregator(ABC):
     mixed_ranks: bool = False
     factors: Factors = "step"
 
+    @property
+    def name(self) -> str:
+        """As it is called in messages."""
+        return type(self).__name__
+
     @abstractmethod
     def aggregate(
         self, server: AdapterState, updates: Iterable[ClientUpdate], rnd: Round
@@ -178,11 +183,8 @@ class WeightedMean(Aggregator):
                 sums[name] = term if name not in sums else sums[name].add_(term)
                 dtypes[name] = tensor.dtype
             total += update.weight
-        means: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}, "other": {}}
-        for name, value in sums.items():
-            part, path = name.split("/", 1)
-            means[part][path] = (value / total).to(dtypes[name])
-        mean = AdapterState(means["A"], means["B"], means["other"]).over(server)
+        means = {name: (value / total).to(dtypes[name]) for name, value in sums.items()}
+        mean = AdapterState.from_tensors(means).over(server)
         return replace(mean, added={})  # the residual stayed as it was
 
 

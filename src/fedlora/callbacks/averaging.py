@@ -29,6 +29,8 @@ class AdapterAveraging(FederatedCallback):
             with a residual can serve more than that: the files then hold the best approximation of
             this rank, and ``fedlora.json`` says how far it is off. None: whatever it takes to be
             exact. What fedlora itself loads is exact in any case.
+        export_personal: write ``adapters/<client>/`` at the end where clients have models of their
+            own; they stay in ``clients/`` in any case.
 
     Raises:
         FedloraError: for a precision that does not exist, and an export_rank below 1.
@@ -40,6 +42,7 @@ class AdapterAveraging(FederatedCallback):
         gradient_checkpointing: bool = False,
         precision: Precision = "32-true",
         export_rank: int | None = None,
+        export_personal: bool = True,
     ) -> None:
         allowed = ("32-true", "bf16-mixed", "16-mixed")
         if precision not in allowed:
@@ -55,6 +58,7 @@ class AdapterAveraging(FederatedCallback):
         self.gradient_checkpointing = gradient_checkpointing
         self.precision: Precision = precision
         self.export_rank = export_rank
+        self.export_personal = export_personal
 
     def check_device(self, device_type: str) -> None:
         """Refuse a precision that the device lacks; called before Fabric is built from it.

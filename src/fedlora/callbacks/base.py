@@ -11,6 +11,7 @@ from fedlora.state import AdapterState, Client, ClientUpdate, Round
 
 if TYPE_CHECKING:
     from fedlora.modules.classifier import CLIPLoRAClassifier
+    from fedlora.sampling import Absence
     from fedlora.trainer import FederatedTrainer
 
 Row = Mapping[str, float | None]
@@ -43,6 +44,15 @@ class FederatedCallback(Callback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
     ) -> None:
         """Called when a client's update has arrived."""
+
+    def on_client_absent(
+        self,
+        trainer: FederatedTrainer,
+        pl_module: CLIPLoRAClassifier,
+        absence: Absence,
+        down_nbytes: int,
+    ) -> None:
+        """Called with a client that was wanted and does not answer, and what was sent to it."""
 
     def on_aggregate(
         self,

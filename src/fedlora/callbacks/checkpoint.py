@@ -19,17 +19,18 @@ class RoundCheckpoint(FederatedCallback):
     The earliest of equal rounds counts. ``last.ckpt`` is written by the trainer, whatever is here.
 
     Args:
-        monitor: a column of ``metrics.csv`` that is not of the test set, such as ``val/acc``.
+        monitor: a column of ``metrics.csv`` that is not of the test set; None: ``val/acc``, or
+            ``clients/acc_mean`` where each client has a model of its own.
         mode: whether larger (``max``) or smaller (``min``) is better.
 
     Raises:
         FedloraError: for another mode, or a metric of the test set.
     """
 
-    def __init__(self, monitor: str = "val/acc", mode: Literal["max", "min"] = "max") -> None:
+    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] = "max") -> None:
         if mode not in ("max", "min"):
             raise FedloraError(f"mode should be one of max, min but got {mode!r}.")
-        if monitor.startswith("test/"):
+        if monitor is not None and monitor.startswith("test/"):
             raise FedloraError(
                 f"monitor must not be of the test set, got {monitor!r}. Use val/acc."
             )
@@ -38,9 +39,9 @@ class RoundCheckpoint(FederatedCallback):
         self.best_value: float | None = None
         self.best_round: int | None = None
 
-    def consider(self, row: Row) -> None:
-        """Remember a row that is better than all before."""
-        value = row.get(self.monitor)
+    def consider(self, row: Row, monitor: str) -> None:
+        """Remember a row that is better than all before in the column ``monitor``."""
+        value = row.get(monitor)
         if value is None or math.isnan(value):
             return
         best = self.best_value
@@ -51,7 +52,7 @@ class RoundCheckpoint(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row
     ) -> None:
         """Compare, before the checkpoint that holds :meth:`state_dict` is written."""
-        self.consider(row)
+        self.consider(row, self.monitor or trainer.rounds.monitor)
 
     def on_round_end(
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row

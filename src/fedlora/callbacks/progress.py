@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedlora.callbacks import tables
 from fedlora.callbacks.base import FederatedCallback, Row
 from fedlora.modules.report import readable
 from fedlora.state import Client
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fedlora.engines.local import Lane
     from fedlora.rounds import Rounds
     from fedlora.run_folder import RunFolder
+    from fedlora.sampling import Absence
     from fedlora.state import ClientUpdate, Round
     from fedlora.trainer import FederatedTrainer
 
@@ -64,6 +66,14 @@ class Progress(FederatedCallback):
         log.info(text)
         if self.mode != "off":
             self.console.print(text, markup=False)
+
+    def say_left_out(self, absence: Absence, error: Exception) -> None:
+        """A client that an error left out; where it came from is in the log only."""
+        if absence.reason == "not finite":
+            self.say(f"left out of the round: {error}")
+            return
+        self.say(f"left out of the round: {absence.client}, {absence.reason}")
+        log.info("where that error is from:", exc_info=error)
 
     @contextmanager
     def track(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -114,78 +124,17 @@ class Progress(FederatedCallback):
 
     def describe(self, trainer: FederatedTrainer, rounds: Rounds) -> None:
         """The table at the start: what is trained, what travels, who holds what."""
-        lora = rounds.engine.lora
-        rnd = rounds.round(trainer.server.round_idx)
-        trained = sum(
-            parameter.numel()
-            for part in rounds.rule.trainable(rnd)
-            for parameter in lora.parameters[part].values()
-        )
-        adapters = sum(p.numel() for part in ("A", "B") for p in lora.parameters[part].values())
-        head = lora.federated.classifier
-        total = sum(p.numel() for p in lora.federated.clip.parameters())
-        total += 0 if head is None else sum(p.numel() for p in head.parameters())
-        ranks = sorted({client.rank for client in rounds.clients})
-        mixed, most = len(ranks) > 1, Client(0, 0, ranks[-1])
-        # What the rounds add to a residual comes on top, and is counted there.
-        start = trainer.server.adapter
-        up = start.only(rounds.rule.shared(rnd)).cut(most.rank).nbytes
-        down = rounds.rule.distribute(start, most, rnd).nbytes
-        sizes = sorted(client.num_samples for client in rounds.clients)
-        self.table(
-            {
-                "model": f"{lora.federated.model_name}, {lora.federated.head} head, "
-                f"{lora.federated.num_classes} classes",
-                "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
-                "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
-                "rule": type(rounds.rule).__name__,
-                "traffic per client and round": f"{'up to ' * mixed}{readable(up)} up; "
-                f"{readable(down)} down in round {rnd.idx}",
-                "data": trainer.datamodule.source.summary(),
-                "pictures": trainer.datamodule.holdings.summary(),
-                "clients": f"{len(sizes)}, {rnd.cohort} a round, {sizes[0]} to {sizes[-1]} samples "
-                f"(median {sizes[len(sizes) // 2]})"
-                + f", of rank {ranks[0]}" * (ranks[0] > 0)  # there is none without LoRA
-                + f" to {ranks[-1]}" * mixed,
-                "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
-                "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
-                "run folder": str(rounds.run.path),
-            },
-            title="fedlora",
-        )
+        stays = rounds.storage()
+        self.table(tables.at_start(trainer, rounds, stays), title="fedlora")
+        if stays.lacking:
+            self.say(
+                f"there may be too little room for what stays with the clients: "
+                f"{readable(stays.free)} are free."
+            )
 
     def conclude(self, summary: Mapping[str, Any], run: RunFolder, personal: int) -> None:
         """The summary at the end and where things are."""
-        best = summary["best"]
-        up, down = readable(summary["comm/up_bytes"]), readable(summary["comm/down_bytes"])
-        shown: dict[str, Any] = {
-            "rounds": f"{summary['round']} ({summary['finished']})",
-            **{
-                f"{what.replace('_', '-')} {name}": value
-                for what in ("zero_shot", "start")
-                for name, value in summary.get(what, {}).items()
-                if "acc" in name
-            },
-            **{
-                name: "not defined" if value is None else value
-                for name, value in summary.items()
-                if name.startswith("test/")
-            },
-        }
-        if best is not None:
-            shown["best val/acc"] = f"{best['val/acc']:.4f} (round {best['round']})"
-        shown |= {
-            "traffic": f"{up} up, {down} down",
-            "time": f"{summary['seconds']:.1f} s",
-            "adapter": str(run.adapter),
-            "metrics": str(run.metrics),
-            "checkpoints": str(run.path / "checkpoints"),
-        }
-        if run.per_class.exists():
-            shown["classes"] = str(run.per_class)
-        if personal:
-            shown["personal adapters"] = f"{personal} in {run.path / 'adapters'}"
-        self.table(shown, title="done")
+        self.table(tables.at_end(summary, run, personal), title="done")
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Open the live display."""
@@ -249,6 +198,9 @@ class Progress(FederatedCallback):
         """A line with the round's figures and the time left."""
         done = int(row["round"] or 0)
         parts = [f"round {done}/{trainer.max_rounds}"]
+        answered, wanted = row.get("clients/answered"), trainer.rounds.round(done).cohort
+        if answered is not None and answered < wanted:
+            parts.append(f"{answered:.0f} of {wanted} clients answered")
         for name, label in (
             ("train/loss", "train loss"),
             ("val/loss", "val loss"),

@@ -12,12 +12,14 @@ from fedlora.files import clear_os_errors, write_csv
 
 if TYPE_CHECKING:
     from fedlora.modules.classifier import CLIPLoRAClassifier
-    from fedlora.state import ClientUpdate
+    from fedlora.sampling import Absence
+    from fedlora.state import Client, ClientUpdate
     from fedlora.trainer import FederatedTrainer
 
 METRICS = (
     "round",
     "train/loss",
+    "clients/answered",
     "val/acc",
     "val/loss",
     "clients/acc_mean",
@@ -37,6 +39,7 @@ CLIENTS = (
     "name",
     "samples",
     "rank",
+    "status",
     "steps",
     "loss",
     "acc",
@@ -71,23 +74,25 @@ class Records(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
     ) -> None:
         """Append the client's row."""
-        client = update.client
-        row = {
-            "round": trainer.server.round_idx + 1,
-            "id": client.id,
-            "name": client.name,
-            "samples": client.num_samples,
-            "rank": client.rank,
-            "steps": update.num_steps,
-            "up_bytes": update.nbytes,
-            "down_bytes": update.down_nbytes,
+        _append(
+            trainer,
+            update.client,
+            status="answered",
+            steps=update.num_steps,
+            up_bytes=update.nbytes,
+            down_bytes=update.down_nbytes,
             **{name: update.metrics[name] for name in ("loss", "acc", "seconds")},
-        }
-        with (
-            clear_os_errors(trainer.rounds.run.clients_csv),
-            trainer.rounds.run.clients_csv.open("a", encoding="utf-8", newline="") as file,
-        ):
-            csv.DictWriter(file, CLIENTS, lineterminator="\n").writerow(row)
+        )
+
+    def on_client_absent(
+        self,
+        trainer: FederatedTrainer,
+        pl_module: CLIPLoRAClassifier,
+        absence: Absence,
+        down_nbytes: int,
+    ) -> None:
+        """Append a row that says why there is nothing from the client."""
+        _append(trainer, absence.client, status=absence.reason, down_bytes=down_nbytes)
 
     def on_round_end(
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row
@@ -100,6 +105,20 @@ class Records(FederatedCallback):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=int(row["round"] or 0))
             logger.save()
+
+
+def _append(trainer: FederatedTrainer, client: Client, **values: float | str) -> None:
+    row = {
+        "round": trainer.server.round_idx + 1,
+        "id": client.id,
+        "name": client.name,
+        "samples": client.num_samples,
+        "rank": client.rank,
+        **values,
+    }
+    path = trainer.rounds.run.clients_csv
+    with clear_os_errors(path), path.open("a", encoding="utf-8", newline="") as file:
+        csv.DictWriter(file, CLIENTS, lineterminator="\n").writerow(row)
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

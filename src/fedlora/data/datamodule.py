@@ -14,8 +14,9 @@ from fedlora.data.augment import Augmentation
 from fedlora.data.batches import Batch, EpochSampler
 from fedlora.data.cache.base import Pictures
 from fedlora.data.cache.disk import open_pictures
+from fedlora.data.checks import check_labels, check_pictures, check_settings
 from fedlora.data.division import Division, Mask, divide
-from fedlora.data.holdings import Holdings, cache_folder, check_labels
+from fedlora.data.holdings import Holdings, cache_folder
 from fedlora.data.partition import check_num_partitions
 from fedlora.data.preprocess import ImagePreprocess
 from fedlora.data.sources.base import ImageSource, ImageTable
@@ -50,6 +51,10 @@ class FederatedDataModule(LightningDataModule):
             source has a validation split.
         client_val_fraction: part of each client's rows that it validates on; 0 turns it off.
             Clients with few rows may have no such part.
+        client_test_fraction: part of each client's rows that it tests on, taken out of its training
+            rows before its validation part. Where each client is a site and nothing is held out,
+            the test split's rows of its site are added to it and stay in the test split too; with 0
+            a client tests on these alone, elsewhere on none.
         hold_out: a site or several that are kept for testing only, or ``column=value`` of another
             column; the test split is these and nothing else then.
         n_shots: most training rows of each class that a client keeps (few-shot); None for all.
@@ -81,6 +86,7 @@ class FederatedDataModule(LightningDataModule):
         test_fraction: float = 0.2,
         val_fraction: float = 0.1,
         client_val_fraction: float = 0.1,
+        client_test_fraction: float = 0.0,
         hold_out: str | int | list[str | int] | None = None,
         n_shots: int | None = None,
         augment: Augmentation | None = None,
@@ -90,31 +96,6 @@ class FederatedDataModule(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {
-            "num_clients": (num_clients, 1),
-            "batch_size": (batch_size, 1),
-            "eval_batch_size": (eval_batch_size, 1),
-            "n_shots": (n_shots, 1),
-            "cache_gb": (cache_gb, 0),
-            "seed": (seed, 0),
-        }
-        for name, (value, least) in sizes.items():
-            if value is not None and not value >= least:
-                raise FedloraError(f"data.{name} must be at least {least}, got {value}.")
-        fractions = {
-            "test_fraction": test_fraction,
-            "val_fraction": val_fraction,
-            "client_val_fraction": client_val_fraction,
-        }
-        for name, fraction in fractions.items():
-            if not 0 <= fraction < 1:
-                raise FedloraError(
-                    f"data.{name} must be at least 0 and less than 1, got {fraction}."
-                )
-        if partitioner is not None and num_clients is not None:
-            # The public property needs the data for some partitioners; setup() asks it again.
-            declared = getattr(partitioner, "_num_partitions", None)
-            check_num_partitions(partitioner, num_clients, declared)
         self.preprocess: ImagePreprocess | None = None
         self.source = Digits() if source is None else source
         self.partitioner = partitioner
@@ -124,6 +105,7 @@ class FederatedDataModule(LightningDataModule):
         self.test_fraction = test_fraction
         self.val_fraction = val_fraction
         self.client_val_fraction = client_val_fraction
+        self.client_test_fraction = client_test_fraction
         given = [hold_out] if isinstance(hold_out, str | int) else hold_out or ()
         self.hold_out = [str(name) for name in given]  # a site may be called 1
         self.n_shots = n_shots
@@ -133,6 +115,11 @@ class FederatedDataModule(LightningDataModule):
         self.cache_gb = cache_gb
         self.seed = seed
         self._holdings: Holdings | None = None
+        check_settings(vars(self))
+        if partitioner is not None and num_clients is not None:
+            # The public property needs the data for some partitioners; setup() asks it again.
+            declared = getattr(partitioner, "_num_partitions", None)
+            check_num_partitions(partitioner, num_clients, declared)
 
     @property
     def class_names(self) -> list[str]:
@@ -191,19 +178,7 @@ class FederatedDataModule(LightningDataModule):
             limit_gb=self.cache_gb,
             reporter=getattr(self.trainer, "progress", None),
         )
-        if images.bad:
-            row, why = min(images.bad.items())
-        if len(images.bad) == len(table):
-            raise FedloraError(
-                f"none of the {len(table):,} pictures can be read; {table.keys[row]}: {why}. Check "
-                "where data.source points."
-            )
-        if images.bad and self.on_bad_image == "error":
-            others = f" and {len(images.bad) - 1} more" if len(images.bad) > 1 else ""
-            raise FedloraError(
-                f"cannot read the picture {table.keys[row]}{others}: {why}. Mend or remove it, or "
-                "set data.on_bad_image=skip."
-            )
+        check_pictures(table, images, self.on_bad_image)
         return images
 
     def _divide(self, table: ImageTable, images: Pictures | None) -> Division:
@@ -216,6 +191,7 @@ class FederatedDataModule(LightningDataModule):
             test_fraction=self.test_fraction,
             val_fraction=self.val_fraction,
             client_val_fraction=self.client_val_fraction,
+            client_test_fraction=self.client_test_fraction,
             hold_out=self.hold_out,
             n_shots=self.n_shots,
             seed=self.seed,
@@ -267,6 +243,11 @@ class FederatedDataModule(LightningDataModule):
     def client_val_batches(self, client: Client) -> Iterator[Batch]:
         """A client's validation batches, always in the same order; none if it has no such rows."""
         rows = self.holdings.rows(self.holdings.division.client_val[client.id])
+        return rows.batches(self.eval_batch_size)
+
+    def client_test_batches(self, client: Client) -> Iterator[Batch]:
+        """A client's test batches, always in the same order; none if it has no such rows."""
+        rows = self.holdings.rows(self.holdings.division.client_test[client.id])
         return rows.batches(self.eval_batch_size)
 
     def train_dataloader(self) -> DataLoader[Batch]:

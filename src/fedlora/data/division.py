@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.data.partition import Rows, client_names, partition
+from fedlora.data.partition import Rows, by_value, client_names, partition
 from fedlora.errors import FedloraError
 from fedlora.sampling import derive_seed
 
@@ -23,11 +23,14 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Division:
-    """Rows of a table, each in one part at most.
+    """Rows of a table, each in one part at most, but for what clients and the server both test on.
 
     Attributes:
         train: per client, what it trains on.
         client_val: per client, what it validates on (may be empty).
+        client_test: per client, what it tests on (may be empty): rows taken out of its own, and
+            the test split's rows of its site where clients are sites. The latter are in ``test``
+            too.
         val: the server's validation split.
         test: the test split.
         names: per client, its site; empty strings where clients are not sites.
@@ -38,11 +41,16 @@ class Division:
 
     train: tuple[Rows, ...]
     client_val: tuple[Rows, ...]
+    client_test: tuple[Rows, ...]
     val: Rows
     test: Rows
     names: tuple[str, ...]
     idle: int = 0
     unusable: int = 0
+
+    def shared_test(self) -> int:
+        """How many rows both a client and the server test on."""
+        return int(np.isin(np.concatenate(self.client_test), self.test).sum())
 
 
 def divide(
@@ -53,6 +61,7 @@ def divide(
     val_fraction: float,
     client_val_fraction: float,
     seed: int,
+    client_test_fraction: float = 0.0,
     test_fraction: float = 0.0,
     hold_out: Sequence[str] = (),
     n_shots: int | None = None,
@@ -71,7 +80,10 @@ def divide(
             class, taken before partitioning; without effect where the table has a "val" split.
         client_val_fraction: part of each client's rows that it validates on, stratified. A client
             keeps at least one row for training.
-        seed: of the order in which the partitioner sees rows, and of the validation parts.
+        seed: of the order in which the partitioner sees rows, and of all parts but the test split.
+        client_test_fraction: part of each client's rows that it tests on, stratified, taken before
+            its validation part; a client keeps at least one row. Where each client is a site and
+            nothing is held out it tests on its site's rows of the test split besides.
         test_fraction: part of the training rows, of each site and class, that becomes the test
             split where the table has none and nothing is held out. Which rows depends on their
             keys alone.
@@ -105,23 +117,49 @@ def divide(
         pool, val = pool[~held], pool[held]
     _check_classes(table, pool, val, test, class_names)
     clients = partition(table, pool, num_clients, partitioner, seed)
-    train, client_val = [], []
+    _check_clients(clients, len(pool))
+    shared = _test_rows_of_sites(table, clients, test[:0] if hold_out else test)
+    train, client_val, client_test = [], [], []
     for i, rows in enumerate(clients):
-        if not len(rows):
-            raise FedloraError(
-                f"client {i} has no training samples: {len(pool)} pictures were divided among "
-                f"{len(clients)} clients. Lower num_clients or set the partitioner's "
-                "min_partition_size to 1 or more."
-            )
-        rng = np.random.default_rng(derive_seed(seed, "client_val", i))
-        shuffled = rows[rng.permutation(len(rows))]
-        held = stratified(table.labels[shuffled], client_val_fraction, keep=1)
-        train.append(_first_of_each(table.labels, shuffled[~held], n_shots))
-        client_val.append(shuffled[held])
-    names = client_names(table, clients, partitioner)
-    idle = len(order) - sum(map(len, (*train, *client_val, val, test)))
-    unusable = len(table) - len(order)
-    return Division(tuple(train), tuple(client_val), val, test, names, idle, unusable)
+        # Without such a part all else must stay as it is: no shuffling then.
+        rest, own = rows, rows[:0]
+        if client_test_fraction:
+            rest, own = _take(table, rows, client_test_fraction, seed, "client_test", i)
+        rest, validated = _take(table, rest, client_val_fraction, seed, "client_val", i)
+        train.append(_first_of_each(table.labels, rest, n_shots))
+        client_val.append(validated)
+        client_test.append(np.concatenate([shared[i], own]))
+    parts = (*train, *client_val, *client_test, val, test)
+    return Division(
+        train=tuple(train),
+        client_val=tuple(client_val),
+        client_test=tuple(client_test),
+        val=val,
+        test=test,
+        names=client_names(table, clients, partitioner),
+        idle=len(order) - sum(map(len, parts)) + sum(map(len, shared)),
+        unusable=len(table) - len(order),
+    )
+
+
+def _test_rows_of_sites(table: ImageTable, clients: Sequence[Rows], test: Rows) -> list[Rows]:
+    """For each client the test rows of its site; none where clients are not sites."""
+    if table.site is None:
+        return [test[:0]] * len(clients)
+    there = by_value(table.site[test])
+    # Without the partitioner's own column names are sites, or empty.
+    names = client_names(table, clients, None)
+    return [test[there[name]] if name in there else test[:0] for name in names]
+
+
+def _take(
+    table: ImageTable, rows: Rows, fraction: float, seed: int, what: str, client: int
+) -> tuple[Rows, Rows]:
+    """Shuffle a client's rows and take a part of them: the others, the part."""
+    order = np.random.default_rng(derive_seed(seed, what, client)).permutation(len(rows))
+    shuffled = rows[order]
+    held = stratified(table.labels[shuffled], fraction, keep=1)
+    return shuffled[~held], shuffled[held]
 
 
 def stratified(labels: Rows, fraction: float, keep: int = 0, keep_each: int = 0) -> Mask:
@@ -169,9 +207,7 @@ def _per_site(table: ImageTable, rows: Rows, fraction: float) -> Mask:
     if table.site is None:
         return stratified(table.labels[rows], fraction, keep_each=1)
     chosen = np.zeros(len(rows), dtype=np.bool_)
-    sites = table.site[rows]
-    for site in np.unique(sites):
-        here = np.flatnonzero(sites == site)
+    for here in by_value(table.site[rows]).values():
         chosen[here] = stratified(table.labels[rows[here]], fraction, keep=1, keep_each=1)
     return chosen
 
@@ -213,6 +249,17 @@ def _no_such_site(table: ImageTable, name: str) -> str:
 
 def _some(names: Sequence[object]) -> str:
     return f"{', '.join(map(str, names[:8]))}{' …' * (len(names) > 8)}"
+
+
+def _check_clients(clients: Sequence[Rows], pictures: int) -> None:
+    """Refuse a client without training samples."""
+    for i, rows in enumerate(clients):
+        if not len(rows):
+            raise FedloraError(
+                f"client {i} has no training samples: {pictures} pictures were divided among "
+                f"{len(clients)} clients. Lower num_clients or set the partitioner's "
+                "min_partition_size to 1 or more."
+            )
 
 
 def _check_classes(

@@ -17,7 +17,6 @@ from fedlora.data.cache.base import Pictures
 from fedlora.data.division import Division
 from fedlora.data.partition import Rows
 from fedlora.data.sources.base import ImageTable
-from fedlora.errors import FedloraError
 from fedlora.files import expand
 from fedlora.state import Client
 
@@ -66,15 +65,10 @@ class Holdings:
 
     def fingerprint(self) -> str:
         """A digest of which pictures, by key, are whose and of which class: SHA-256, hex."""
-        part = np.full(len(self.table), -1)
-        for number, rows in enumerate(
-            (
-                self.division.val,
-                self.division.test,
-                *self.division.train,
-                *self.division.client_val,
-            )
-        ):
+        division, part = self.division, np.full(len(self.table), -1)
+        of_clients = (*division.train, *division.client_val, *division.client_test)
+        # The last ones first: what the server tests on, too, counts as the server's.
+        for number, rows in reversed([*enumerate((division.val, division.test, *of_clients))]):
             part[rows] = number
         digest = hashlib.sha256()
         for row in np.argsort(self.table.keys, kind="stable").tolist():
@@ -90,20 +84,11 @@ class Holdings:
             f"{sum(map(len, parts.train)):,} to train on, {held:,} validate at the clients and "
             f"{len(parts.val):,} at the server, {len(parts.test):,} to test"
         )
+        tested, shared = sum(map(len, parts.client_test)), parts.shared_test()
+        text += f", {tested:,} test at the clients" if tested else ""
+        text += f" ({shared:,} of them at the server, too)" if shared else ""
         text += f"; {parts.idle:,} with nobody" if parts.idle else ""
         return text + (f"; {parts.unusable:,} unreadable, left out" if parts.unusable else "")
-
-
-def check_labels(table: ImageTable, num_classes: int) -> None:
-    """Refuse a table without pictures, or with labels that have no class name."""
-    if not len(table):
-        raise FedloraError("data.source has no pictures. Check where it points.")
-    if not 0 <= table.labels.min() <= table.labels.max() < num_classes:
-        raise FedloraError(
-            f"labels must be between 0 and {num_classes - 1} (there are {num_classes} class "
-            f"names), got {table.labels.min()} to {table.labels.max()}. Give one class name per "
-            "label."
-        )
 
 
 def cache_folder(given: str | None) -> Path:

@@ -124,7 +124,8 @@ def partition(
 
 def _by_site(site: NDArray[np.str_], pool: Rows, num_clients: int | None) -> list[Rows]:
     """One client per site, in the order of their names."""
-    sites = np.unique(site)
+    parts = by_value(site)
+    sites = list(parts)
     if len(sites) == 1 and num_clients != 1:
         raise FedloraError(
             f"all training pictures are of one site, '{sites[0]}': there is nobody to train with. "
@@ -137,7 +138,20 @@ def _by_site(site: NDArray[np.str_], pool: Rows, num_clients: int | None) -> lis
             "sites. Leave it out for one client per site, or divide the pictures anew, for "
             "example with data.partitioner=IidPartitioner."
         )
-    return [pool[site == name] for name in sites]
+    return [pool[here] for here in parts.values()]
+
+
+def by_value(values: NDArray[Any]) -> dict[Any, Rows]:
+    """Where each value stands, ascending; values in their own order.
+
+    Example:
+        >>> {value: rows.tolist() for value, rows in by_value(np.array(["b", "a", "b"])).items()}
+        {'a': [1], 'b': [0, 2]}
+    """
+    names, kind, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # One sort: comparing all with each value takes seconds for thousands of them.
+    places = np.split(np.argsort(kind, kind="stable"), np.cumsum(counts))[:-1]
+    return dict(zip(names.tolist(), places, strict=True))
 
 
 def _too_many(num_clients: int, pictures: int) -> str:

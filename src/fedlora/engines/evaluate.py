@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -79,37 +81,79 @@ def evaluate_split(
     return Scores(values, scores.classes)
 
 
+@dataclass(frozen=True)
+class ClientScore:
+    """How a client does on its own rows.
+
+    Attributes:
+        count: rows.
+        acc: accuracy.
+        loss: mean loss.
+    """
+
+    count: int
+    acc: float
+    loss: float
+
+
 def evaluate_clients(
     engine: SequentialEngine,
     clients: Sequence[Client],
     rnd: Round,
     server: ServerState,
     rule: Aggregator,
-) -> dict[str, float | None]:
-    """Accuracy on each client's own validation rows, of the model that it would use.
+    split: Literal["val", "test"] = "val",
+) -> dict[int, ClientScore]:
+    """Figures of each client's own validation or test rows, of the model that it uses.
 
-    Where something stays with the clients that is their own model, elsewhere the global one.
+    Where something stays with the clients that is their own model, elsewhere the common one.
 
     Returns:
-        ``clients/acc_mean``, ``clients/acc_min`` and ``clients/acc_std`` (over clients, each
-        counting once); None where no client has validation rows.
+        Client id -> its figures, for clients that have such rows.
     """
-    personal = rule.private(rnd)
+    personal = engine.personal(rule, rnd)
     fabric, module = engine.loop.fabric, engine.loop.module
-    values = []
+    of_client = engine.data.client_val_batches
+    if split == "test":
+        of_client = engine.data.client_test_batches
+    found = {}
     for client in clients:
+        batches = of_client(client)
+        first = next(batches, None)
+        if first is None:
+            continue
         if personal:
-            engine.load(client, rnd, server, rule)
-        batches = engine.data.client_val_batches(client)
-        found = evaluate(fabric, module, batches, module.validation_step).values
-        values.extend([found["acc"]] if found else [])
+            engine.load_own(client, rnd, server, rule)
+        counted = _Counted(itertools.chain([first], batches))
+        values = evaluate(fabric, module, counted, module.validation_step).values
+        acc, loss = (float(values[name] or 0.0) for name in ("acc", "loss"))
+        found[client.id] = ClientScore(counted.rows, acc, loss)
     if personal:
         engine.lora.load(server.adapter)
-    if not values:
-        return {"clients/acc_mean": None, "clients/acc_min": None, "clients/acc_std": None}
-    accuracies = torch.tensor(values, dtype=torch.float64)
-    return {
-        "clients/acc_mean": float(accuracies.mean()),
-        "clients/acc_min": float(accuracies.min()),
-        "clients/acc_std": float(accuracies.std(correction=0)),
-    }
+    return found
+
+
+def spread(scores: Mapping[int, ClientScore], prefix: str) -> dict[str, float | None]:
+    """``acc_mean``, ``acc_min`` and ``acc_std`` over clients, each counting once.
+
+    All are None where no client has rows.
+    """
+    names = ("acc_mean", "acc_min", "acc_std")
+    if not scores:
+        return dict.fromkeys(f"{prefix}{name}" for name in names)
+    accuracies = torch.tensor([score.acc for score in scores.values()], dtype=torch.float64)
+    values = accuracies.mean(), accuracies.min(), accuracies.std(correction=0)
+    return {f"{prefix}{name}": float(value) for name, value in zip(names, values, strict=True)}
+
+
+class _Counted:
+    """Batches, and how many rows there were."""
+
+    def __init__(self, batches: Iterable[dict[str, Tensor]]) -> None:
+        self.batches = batches
+        self.rows = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.batches:
+            self.rows += len(batch["label"])
+            yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fedlora.state import Client, Round
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
+    from fedlora.callbacks.objective import Objective
     from fedlora.modules.classifier import CLIPLoRAClassifier
 
 Batch = dict[str, Tensor]
@@ -38,11 +39,25 @@ class Lane:
         loss: sum of the samples' losses, float64, on the device.
         correct: samples classified right, on the device.
         seen: samples seen.
+        objectives: what changes its gradients, or looks at how it went.
+        anchor: of the parameters that the server averages, its values at the start, on the device.
+        received: what came for the objectives beside the adapter.
+        extra: of the objectives, to travel to the server beside the adapter.
+        memory: what the client remembers for the objectives; they replace values, edit none.
+        scratch: the objectives' own, for as long as the lane lasts.
+        own: whether it trains the client's own model beside the common one.
     """
 
     client: Client
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
+    objectives: Sequence[Objective] = ()
+    anchor: Mapping[str, Tensor] = field(default_factory=dict)
+    received: Mapping[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    scratch: dict[str, Tensor] = field(default_factory=dict)
+    own: bool = False
     step: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     correct: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -66,6 +81,7 @@ class LocalLoop:
         clip: largest norm of a lane's gradient; None does not clip.
         accumulate: batches per optimizer step.
         limit_batches: most batches per epoch; None means all.
+        lr_factor: round idx -> what the learning rates of its optimizers are multiplied with.
         on_batch: called after each batch with its lane, what the step returned, and the batch.
     """
 
@@ -76,6 +92,7 @@ class LocalLoop:
     clip: float | None = None
     accumulate: int = 1
     limit_batches: int | None = None
+    lr_factor: Callable[[int], float] = lambda _: 1.0
     on_batch: Callable[[Lane, dict[str, Tensor], Batch], None] | None = None
 
     def num_batches(self, per_epoch: int) -> int:
@@ -84,29 +101,50 @@ class LocalLoop:
             per_epoch = min(per_epoch, self.limit_batches)
         return per_epoch * self.epochs if self.steps is None else self.steps * self.accumulate
 
+    def num_steps(self, per_epoch: int) -> int:
+        """Optimizer steps that a client with ``per_epoch`` batches takes."""
+        return -(-self.num_batches(per_epoch) // self.accumulate)
+
+    def open(self, client: Client, rnd: Round) -> Lane:
+        """A lane on what the module holds and has trainable now."""
+        lora = self.module.lora
+        if lora is None:
+            raise FedloraError("the model is not built yet.")
+        optimizer = self.module.configure_optimizers()
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
+        return Lane(client, lora.trainable(), optimizer)
+
     def run(
-        self, client: Client, rnd: Round, per_epoch: int, batches: Callable[[int], Iterable[Batch]]
-    ) -> Lane:
-        """Train one client on what the module holds now.
+        self,
+        lane: Lane,
+        rnd: Round,
+        per_epoch: int,
+        batches: Callable[[int], Iterable[Batch]],
+        most_steps: int | None = None,
+    ) -> None:
+        """Train one client.
 
         Args:
-            client: who.
+            lane: of :meth:`open`.
             rnd: the round.
             per_epoch: number of batches of an epoch.
             batches: epoch -> its batches.
+            most_steps: stop after this many optimizer steps; None runs to the end.
 
         Raises:
             NonFiniteError: when the loss or a trained parameter is NaN or infinite at the end.
         """
-        lora = self.module.lora
-        if lora is None:
-            raise FedloraError("the model is not built yet.")
+        lora: Any = self.module.lora
         self._reset_scaler()
-        lane = Lane(client, lora.trainable(), self.module.configure_optimizers())
         device = self.fabric.device
         lane.loss, lane.correct = lane.loss.to(device), lane.correct.to(device)
-        key = derive_seed(rnd.seed, "dropout", rnd.idx, client.id)
+        key = derive_seed(rnd.seed, "dropout", rnd.idx, lane.client.id)
         total = self.num_batches(per_epoch)
+        if most_steps is not None:
+            total = min(total, most_steps * self.accumulate)
+        for objective in lane.objectives:
+            objective.on_lane_start(lane)
         self.module.train()
         try:
             for window in _windows(
@@ -118,8 +156,9 @@ class LocalLoop:
                 self._step(lane)
         finally:
             lora.set_dropout_key(None)
+        for objective in lane.objectives:
+            objective.on_lane_end(lane)
         self._check_finite(lane, rnd)
-        return lane
 
     def _stream(self, batches: Callable[[int], Iterable[Batch]]) -> Iterator[Batch]:
         for epoch in itertools.count():
@@ -141,8 +180,11 @@ class LocalLoop:
 
     def _step(self, lane: Lane) -> None:
         precision = self.fabric.strategy.precision
-        if self.clip is not None:
+        if self.clip is not None or lane.objectives:
             precision.unscale_gradients(lane.optimizer)
+        for objective in lane.objectives:
+            objective.on_lane_gradients(lane)
+        if self.clip is not None:
             nn.utils.clip_grad_norm_(lane.parameters.values(), self.clip)
         self.fabric.strategy.optimizer_step(lane.optimizer)
         lane.optimizer.zero_grad(set_to_none=True)

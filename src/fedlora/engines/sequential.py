@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.errors import FedloraError
+from fedlora.personal import Kept
+from fedlora.sampling import Absence, Plan
 from fedlora.state import AdapterState, Client, ClientUpdate, Part, Round, ServerState
 
 if TYPE_CHECKING:
     from fedlora.aggregation import Aggregator
+    from fedlora.callbacks.objective import Objective
     from fedlora.data import FederatedDataModule
     from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
     from fedlora.personal import ClientStore
+
+NOT_FINITE = "not finite"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a client starts a round from.
+
+    Attributes:
+        client: who, as the rule is told.
+        sent: what the server knows of it.
+        state: all that is loaded: with what the client kept in the place of the server's.
+        kept: what stayed with it since it last played.
+        down_nbytes: what travelled to it of the adapter.
+    """
+
+    client: Client
+    sent: AdapterState
+    state: AdapterState
+    kept: Kept
+    down_nbytes: int
 
 
 class SequentialEngine:
@@ -25,11 +51,14 @@ class SequentialEngine:
         loop: the local loop.
         data: gives each client's batches.
         store: what stays with the clients.
+        objectives: what clients minimise besides their loss.
         on_start: called before a client trains.
-        on_skip: called with a client whose loss or adapter was not finite; None stops instead.
+        on_absent: called with a client that does not answer, the bytes that it was sent, and the
+            error where there was one.
+        leaves_out: whether an error leaves its client out of the round instead of ending it.
 
     Attributes:
-        unanswered_nbytes: sent in this round to clients that were left out of it.
+        unanswered_nbytes: sent in this round to clients that did not answer.
     """
 
     def __init__(
@@ -37,14 +66,19 @@ class SequentialEngine:
         loop: LocalLoop,
         data: FederatedDataModule,
         store: ClientStore,
+        objectives: Sequence[Objective],
         on_start: Callable[[Client], None],
-        on_skip: Callable[[Client, NonFiniteError], None] | None = None,
+        on_absent: Callable[[Absence, int, Exception | None], None],
+        leaves_out: Callable[[Exception], bool],
     ) -> None:
         self.loop = loop
         self.data = data
         self.store = store
+        self.objectives = [each for each in objectives if not each.own_model]
+        self.own_objectives = [each for each in objectives if each.own_model]
         self.on_start = on_start
-        self.on_skip = on_skip
+        self.on_absent = on_absent
+        self.leaves_out = leaves_out
         self.unanswered_nbytes = 0
 
     @property
@@ -54,65 +88,171 @@ class SequentialEngine:
             raise FedloraError("the model is not built yet.")
         return self.loop.module.lora
 
-    def load(
-        self, client: Client, rnd: Round, server: ServerState, rule: Aggregator
-    ) -> tuple[AdapterState, int]:
-        """Load what a client starts from; returns its public part and the bytes that travelled."""
-        client = _known(client, server)
+    @property
+    def lanes(self) -> int:
+        """How often a client trains in a round."""
+        return 1 + bool(self.own_objectives)
+
+    def num_steps(self, client: Client) -> int:
+        """Optimizer steps that a client takes in a round, in each of its lanes."""
+        return self.loop.num_steps(self.data.num_batches(client))
+
+    def personal(self, rule: Aggregator, rnd: Round) -> bool:
+        """Whether each client has a model of its own."""
+        return bool(rule.private(rnd) or self.own_objectives)
+
+    def load(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
+        """Load what a client starts from."""
+        start = self._start(client, rnd, server, rule)
+        self.lora.load(start.state.padded(server.adapter.ranks))
+        return start
+
+    def load_own(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> None:
+        """Load the model that a client uses: its own where it has one, else the common one."""
+        start = self._start(client, rnd, server, rule)
+        state = start.kept.own.over(start.state) if self.own_objectives else start.state
+        self.lora.load(state.padded(server.adapter.ranks))
+
+    def _start(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
+        client = replace(client, last_round=server.received.get(client.id))
         down = rule.distribute(server.adapter, client, rnd)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
         kept = self.store.read(client.id, server.versions)
         public = server.adapter.cut(client.rank, client.scale)
-        self.lora.load(down.over(kept.over(public)).padded(server.adapter.ranks))
-        return down.over(public), down.nbytes
+        state = down.over(kept.adapter.over(public))
+        return Start(client, down.over(public), state, kept, down.nbytes)
 
     def play(
-        self, chosen: Sequence[Client], rnd: Round, server: ServerState, rule: Aggregator
+        self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
     ) -> Generator[ClientUpdate, None, None]:
-        """Train each chosen client and yield what it sends, in their order."""
+        """Train each client that is to answer and yield what it sends, in their order."""
         self.unanswered_nbytes = 0
-        trainable, private = rule.trainable(rnd), rule.private(rnd)
-        for client in (_known(client, server) for client in chosen):
+        for absence in plan.absent:
+            self._miss(absence, rnd, server, rule)
+        for client in plan.players:
             self.on_start(client)
-            began = time.perf_counter()
-            sent, down_nbytes = self.load(client, rnd, server, rule)
-            self.lora.set_trainable(trainable)
             try:
-                lane = self._train(client, rnd)
-            except NonFiniteError as error:
-                if self.on_skip is None:
+                update = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
+            except Exception as error:
+                if not self.leaves_out(error):
                     raise
-                self.on_skip(client, error)
-                self.unanswered_nbytes += down_nbytes
+                why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
+                self._miss(Absence(client, why, True), rnd, server, rule, error)
                 continue
-            trained = self.lora.state().only(trainable).cut(client.rank)
-            self._keep(client, rnd, trained, private)
-            yield ClientUpdate(
-                client=client,
-                sent=sent,
-                payload=rule.upload(sent, trained, client, rnd),
-                weight=float(client.num_samples),
-                metrics={**lane.metrics(), "seconds": time.perf_counter() - began},
-                num_steps=lane.step,
-                down_nbytes=down_nbytes,
-            )
+            yield update
 
-    def _train(self, client: Client, rnd: Round) -> Lane:
-        return self.loop.run(
-            client,
+    def _miss(
+        self,
+        absence: Absence,
+        rnd: Round,
+        server: ServerState,
+        rule: Aggregator,
+        error: Exception | None = None,
+    ) -> None:
+        nbytes = 0
+        if absence.reached:
+            client = replace(absence.client, last_round=server.received.get(absence.client.id))
+            nbytes = rule.distribute(server.adapter, client, rnd).nbytes
+            nbytes += _nbytes(self._download(client))
+        self.unanswered_nbytes += nbytes
+        self.on_absent(absence, nbytes, error)
+
+    def _turn(
+        self, client: Client, rnd: Round, server: ServerState, rule: Aggregator, limit: int | None
+    ) -> ClientUpdate:
+        began = time.perf_counter()
+        start = self.load(client, rnd, server, rule)
+        client, trainable = start.client, rule.trainable(rnd)
+        self.lora.set_trainable(trainable)
+        lane = self.loop.open(client, rnd)
+        lane.objectives = self.objectives
+        lane.received, lane.memory = self._download(client), dict(start.kept.memory)
+        if self.objectives or self.own_objectives:
+            lane.anchor = {
+                name: lane.parameters[name].detach().clone() for name in self.shared(rule, rnd)
+            }
+        self._train(lane, rnd, limit)
+        trained = self._trained(trainable, client)
+        own = start.kept.own
+        if self.own_objectives:
+            own = self._train_own(start, server, lane.anchor, rnd, limit, trainable)
+        payload = rule.upload(start.sent, trained, client, rnd)
+        # Last, when nothing can fail any more: what is written counts.
+        kept = Kept(rule.stays(trained, rnd).over(start.kept.adapter), own, lane.memory)
+        if kept:
+            self.store.write(client.id, rnd.idx + 1, kept)
+        return ClientUpdate(
+            client=client,
+            sent=start.sent,
+            payload=payload,
+            weight=float(client.num_samples),
+            extra=lane.extra,
+            metrics={**lane.metrics(), "seconds": time.perf_counter() - began},
+            num_steps=lane.step,
+            down_nbytes=start.down_nbytes + _nbytes(lane.received),
+        )
+
+    def _train_own(
+        self,
+        start: Start,
+        server: ServerState,
+        anchor: Mapping[str, Tensor],
+        rnd: Round,
+        limit: int | None,
+        trainable: frozenset[Part],
+    ) -> AdapterState:
+        """Train the client's own model, on the batches of its first lane."""
+        state = start.kept.own.over(start.state)
+        self.lora.load(state.padded(server.adapter.ranks))
+        lane = self.loop.open(start.client, rnd)
+        lane.objectives, lane.anchor, lane.own = self.own_objectives, anchor, True
+        self._train(lane, rnd, limit)
+        return self._trained(trainable, start.client).over(start.kept.own)
+
+    def _train(self, lane: Lane, rnd: Round, limit: int | None) -> None:
+        client = lane.client
+        self.loop.run(
+            lane,
             rnd,
             self.data.num_batches(client),
             lambda epoch: self.data.client_batches(client, rnd, epoch),
+            limit,
         )
 
-    def _keep(
-        self, client: Client, rnd: Round, trained: AdapterState, private: frozenset[Part]
-    ) -> None:
-        if private:
-            self.store.write(client.id, rnd.idx + 1, trained.only(private))
+    def _trained(self, trainable: frozenset[Part], client: Client) -> AdapterState:
+        return self.lora.state().only(trainable).cut(client.rank)
+
+    def _download(self, client: Client) -> dict[str, Tensor]:
+        """What the objectives send to a client beside the adapter."""
+        return {n: t for each in self.objectives for n, t in each.download(client).items()}
+
+    def shared(self, rule: Aggregator, rnd: Round) -> dict[str, Tensor]:
+        """The parameters that clients train and the server averages, by name; not copies."""
+        parameters = self.lora.parameters
+        views = AdapterState(parameters["A"], parameters["B"], parameters["other"])
+        stays = dict(rule.stays(views.only(rule.trainable(rnd)), rnd).tensors())
+        travels = dict(views.only(rule.shared(rnd)).tensors())
+        return {name: tensor for name, tensor in travels.items() if name not in stays}
+
+    def kept_nbytes(self, rule: Aggregator, rnd: Round, rank: int) -> int:
+        """Bytes of the file that a client of some rank keeps, once it has played often enough."""
+        state = self.lora.state().cut(rank)
+        tensors: dict[str, Tensor] = {}
+        for now in (rnd, replace(rnd, idx=rnd.idx + 1)):  # rules that take turns
+            trained = state.only(rule.trainable(now))
+            shared = self.shared(rule, now)
+            memory = {n: t for each in self.objectives for n, t in each.remembered(shared).items()}
+            own = trained if self.own_objectives else AdapterState()
+            tensors |= dict(Kept(rule.stays(trained, now), own, memory).tensors())
+        return Kept.from_tensors(tensors).nbytes() if tensors else 0
 
 
-def _known(client: Client, server: ServerState) -> Client:
-    """The client with the round in which it was last sent anything."""
-    return replace(client, last_round=server.received.get(client.id))
+def _nbytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says, with its type."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}{f': {said[0]}' if said else ''}"

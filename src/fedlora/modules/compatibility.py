@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_targets import HEADS
+from fedlora.modules.in_full import norms
 from fedlora.state import AdapterState
 
 if TYPE_CHECKING:
@@ -213,8 +214,17 @@ def _scaling_settings(settings: Mapping[str, Any], lora: LoRAWrapper) -> Iterato
 def _others(
     saved: SavedAdapter, state: AdapterState, mine: AdapterState, lora: LoRAWrapper
 ) -> Iterator[str]:
-    """Biases, a head, running statistics: names and shapes."""
+    """Biases, normalisation layers, a head, running statistics: names and shapes."""
     there, here = dict(state.other), dict(mine.other)
+    layers = norms(lora.model)
+    theirs = _trains_norms(saved, there, lora, layers)
+    if theirs != lora.config.train_norm:
+        value = str(theirs).lower()
+        yield (
+            f"train_norm is {theirs} there, {lora.config.train_norm} here (set "
+            f"lora.train_norm={value})"
+        )
+        there, here = ({n: t for n, t in p.items() if n not in layers} for p in (there, here))
     bias = saved.settings.get("bias", "none")
     if bias != lora.config.bias:
         yield f"bias is {bias!r} there, {lora.config.bias!r} here (set lora.bias={bias})"
@@ -234,6 +244,17 @@ def _others(
             classes = name.rpartition(".")[0] in head and one[:1] != two[:1]
             todo = f"(it has {one[0]} classes: use the data it was trained on)" if classes else SAME
             yield f"{name} has shape {one} there, {two} here {todo}"
+
+
+def _trains_norms(
+    saved: SavedAdapter, there: Collection[str], lora: LoRAWrapper, layers: Collection[str]
+) -> bool:
+    """Whether a saved adapter brings normalisation layers of its own."""
+    if saved.told:
+        return bool(saved.settings.get("train_norm", False))
+    # PEFT has no such setting, so its tensors tell; without any the layers stay as they are.
+    weights = (name for name in layers if name.endswith("weight"))
+    return lora.config.train_norm or any(name in there for name in weights)
 
 
 def _head_names(lora: LoRAWrapper) -> Collection[str]:

@@ -34,6 +34,9 @@ class LoRAConfig:
         target_components: what of a CLIP classifier is adapted: "encoder" (its blocks) and
             "classifier" (a linear head; beside the encoder with the head's own preset). A linear
             head that is not adapted is trained in full.
+        train_norm: train the normalisation layers of the adapted model in full, weights and biases,
+            beside the adapter (arXiv 2309.12307, section 3.3); a bias counts once, whatever
+            ``bias`` says.
     """
 
     enabled: bool = True
@@ -47,6 +50,7 @@ class LoRAConfig:
     layers: list[int] | None = None
     use_rslora: bool = False
     target_components: tuple[str, ...] | list[str] = ("encoder",)
+    train_norm: bool = False
 
     @classmethod
     def for_clip_model(cls, r: int = 16, lora_alpha: float = 32) -> LoRAConfig:
@@ -117,7 +121,7 @@ class LoRAConfig:
             else _one_of(self.placement, "mlp", "attention", "all"),
             "bias": _one_of(self.bias, "none", "all", "lora_only"),
         }
-        for name in ("enabled", "save_only_trainable", "use_rslora"):
+        for name in ("enabled", "save_only_trainable", "use_rslora", "train_norm"):
             checks[name] = (isinstance(getattr(self, name), bool), "must be true or false,")
         yield from ((name, allowed) for name, (fits, allowed) in checks.items() if not fits)
 

@@ -72,6 +72,19 @@ class Slot:
         for owner, attribute, value in self.target.fused:
             setattr(owner, attribute, value if chosen is base else False)
 
+    def refuse_replaced(self) -> None:
+        """Refuse to come back where somebody put another layer meanwhile.
+
+        Raises:
+            FedloraError: names the layer.
+        """
+        for owner, attribute in self.target.places:
+            if getattr(owner, attribute, None) is not self.target.base:
+                raise FedloraError(
+                    f"{self.target.name} was replaced while the adapter was off (by another "
+                    "wrapper?), so it cannot come back. Undo that first."
+                )
+
 
 def why_not(module: nn.Module, shared: Container[int] = ()) -> str:
     """Why a module cannot be adapted; empty if it can.
@@ -255,16 +268,3 @@ def product(layer: Any) -> Tensor:
     )
     change: Tensor = float(layer.scaling[ADAPTER]) * (B @ A)
     return change
-
-
-def biases(config: LoRAConfig, model: nn.Module, slots: Sequence[Slot]) -> dict[str, nn.Parameter]:
-    """The biases that ``config.bias`` wants trained, by their path without the adapter."""
-    if config.bias == "none":
-        return {}
-    # Also those of a head beside the model.
-    own = {f"{slot.target.name}.bias": slot.target.base.bias for slot in slots}
-    found: dict[str, Any] = {name: bias for name, bias in own.items() if bias is not None}
-    if config.bias == "all":
-        found |= {name: p for name, p in model.named_parameters() if name.endswith("bias")}
-    once = {id(bias): name for name, bias in reversed(found.items())}
-    return {name: bias for name, bias in found.items() if once[id(bias)] == name}

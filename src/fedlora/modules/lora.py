@@ -11,11 +11,11 @@ from torch import nn
 
 from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig, checked
+from fedlora.modules.in_full import in_full
 from fedlora.modules.injection import (
     Slot,
     Target,
     adapted_already,
-    biases,
     find_targets,
     make_slots,
     product,
@@ -33,8 +33,8 @@ class LoRAWrapper(LearnedParts):
 
     Nothing changes before :meth:`apply`. From then on the base is frozen, and what is trained is
     declared once, by part: A and B of each adapted layer, and ``other`` (parameters trained in
-    full, such as a head, and running statistics). With ``config.enabled`` False nothing is
-    injected and ``other`` is every parameter.
+    full, such as a head or normalisation layers, and running statistics). With ``config.enabled``
+    False nothing is injected and ``other`` is every parameter.
 
     Args:
         model: the model; layers are named by their path in it.
@@ -128,9 +128,12 @@ class LoRAWrapper(LearnedParts):
         if self.config.enabled:
             self._slots = make_slots(targets, self.config)
             known = {id(parameter) for parameter in full.values()}
-            found = biases(self.config, self.model, self._slots)
+            found = in_full(self.config, self.model, self._slots)
             full |= {n: p for n, p in found.items() if id(p) not in known and self._adapts(n)}
-            self._originals = Originals.of(self._base(), self._modules(), full)
+            # An optimizer that holds these goes on with them: only the base is taken out of it.
+            trained = {id(parameter) for parameter in full.values()}
+            base = (p for p in self._base() if id(p) not in trained)
+            self._originals = Originals.of(base, self._modules(), full)
         else:
             full |= own
             self._originals = Originals.of([], self._modules(), {})
@@ -228,7 +231,8 @@ class LoRAWrapper(LearnedParts):
         self._require("on", "off")
         if self.phase == "off":
             self._refuse_adapted()  # by another wrapper, meanwhile
-            self._refuse_replaced()
+            for slot in self._slots:
+                slot.refuse_replaced()
             self._originals.swap()
             try:
                 self._hang_in()
@@ -239,15 +243,6 @@ class LoRAWrapper(LearnedParts):
                 raise
             asleep, self._asleep = self._asleep, {}
             self.served.serve(asleep)
-
-    def _refuse_replaced(self) -> None:
-        for slot in self._slots:
-            for owner, attribute in slot.target.places:
-                if getattr(owner, attribute, None) is not slot.target.base:
-                    raise FedloraError(
-                        f"{slot.target.name} was replaced while the adapter was off (by another "
-                        "wrapper?), so it cannot come back. Undo that first."
-                    )
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:

@@ -48,7 +48,7 @@ class PeftFiles:
         A: path in the base model -> (rank, in_features * kernel), float32.
         B: path -> (out_features, rank), float32.
         scaling: path -> what B A is multiplied with.
-        other: biases and whatever else of the base is in it, by path.
+        other: biases, normalisation layers and whatever else of the base is in it, by path.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)

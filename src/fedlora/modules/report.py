@@ -17,7 +17,7 @@ class ParameterReport:
     Attributes:
         total: parameters of the model without the adapter.
         adapter: parameters of the adapter.
-        full: parameters trained in full besides: head, biases.
+        full: parameters trained in full besides: head, biases, normalisation layers.
         idle: those of the trained that do not travel: of a tower that the head does not use.
         exchanged: numbers that travel, running statistics included.
         exchanged_nbytes: bytes that they take in the types that they have.

@@ -55,7 +55,7 @@ class SavedAdapter:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """``r``, ``lora_alpha``, ``use_rslora`` and ``bias`` that it was trained with."""
+        """``r``, ``lora_alpha``, ``use_rslora``, ``bias`` … that it was trained with."""
         # With a residual PEFT's config is about the sum, not about what was trained.
         return dict(self.told.get("lora") or self.peft)
 

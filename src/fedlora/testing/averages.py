@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedlora.testing.compare import EXACT, agree, bits, differences, ideal_error, require
+from fedlora.testing.compare import (
+    EXACT,
+    agree,
+    bits,
+    differences,
+    ideal_error,
+    personal_layers,
+    require,
+)
 from fedlora.testing.federation import Federation, Trial, Turn
 
 
@@ -47,8 +55,8 @@ def exact(trial: Trial) -> None:
         weights = [turn.update.weight for turn in outcome.turns]
         if not rule.exact or not any(weights):
             continue
-        personal = rule.private(outcome.rnd) & {"A", "B"}
-        models = [turn.update.adapter if personal else turn.model for turn in outcome.turns]
+        own = personal_layers(rule, outcome.rnd, outcome.after)
+        models = [turn.update.adapter if own else turn.model for turn in outcome.turns]
         shares = [weight / sum(weights) for weight in weights]
         error = ideal_error(outcome.after, models, shares)
         require(

@@ -82,7 +82,11 @@ class Case:
             B={
                 name: torch.zeros(rows, self.rank, dtype=self.dtype) for name, (rows, _, _) in sizes
             },
-            other={"head.weight": self.draw(2, 3, key=(3,)), "logit_scale": self.draw(key=(4,))},
+            other={
+                "classifier.weight": self.draw(2, 3, key=(3,)),
+                "logit_scale": self.draw(key=(4,)),
+                "norm.weight": self.draw(3, key=(7,)),
+            },
             scaling={name: scaling for name, (_, _, scaling) in sizes},
         )
 

@@ -96,25 +96,31 @@ def agree(rule: Aggregator, rnd: Round, one: AdapterState, other: AdapterState, 
     """Demand that two adapters are one model, up to rounding.
 
     That is what is served beside each weight, and the head; the factors themselves may differ.
-    Where a factor stays with the clients the server has no model: the shared parts are compared.
+    Where a factor stays with the clients the server has no model: the other one is compared, and
+    what stays is not.
 
     Raises:
         PromiseError: ``what`` is how the second came about.
     """
-    private = rule.private(rnd)
-    raw = rule.shared(rnd)
-    if private & {"A", "B"}:
-        name = next(iter(other.A))
-        one = one.cut(other.ranks[name], other.scaling[name] / one.scaling[name])
-    else:
-        raw -= {"A", "B"}
-        for name in one.A:
-            most = max(size(one, name), size(other, name))
-            _close(served(one, name), served(other, name), most, one.A[name], f"{what}: {name}")
-    theirs = dict(other.only(raw).tensors())
-    for name, tensor in one.only(raw).tensors():
-        left, right = _wide(tensor), _wide(theirs[name])
-        _close(left, right, float(np.linalg.norm(right)), tensor, f"{what}: {name}")
+    own = personal_layers(rule, rnd, other)
+    for name in [name for name in one.A if name not in own]:
+        most = max(size(one, name), size(other, name))
+        _close(served(one, name), served(other, name), most, one.A[name], f"{what}: {name}")
+    kept = {name for name, _ in rule.stays(other, rnd).tensors()}
+    theirs = dict(other.only(rule.shared(rnd)).tensors())
+    first = next(iter(other.A))
+    one = one.cut(other.ranks[first], other.scaling[first] / one.scaling[first])
+    for name, tensor in one.only(rule.shared(rnd)).tensors():
+        part, path = name.split("/", 1)
+        if name not in kept and (part == "other" or path in own):
+            left, right = _wide(tensor), _wide(theirs[name])
+            _close(left, right, float(np.linalg.norm(right)), tensor, f"{what}: {name}")
+
+
+def personal_layers(rule: Aggregator, rnd: Round, state: AdapterState) -> set[str]:
+    """The layers of which a factor stays with each client: the server has no model of those."""
+    kept = rule.stays(state, rnd)
+    return {*kept.A, *kept.B}
 
 
 def _close(left: Matrix, right: Matrix, most: float, like: Tensor, what: str) -> None:

@@ -74,12 +74,12 @@ class Federation:
         down = rule.distribute(self.server, client, rnd)
         public = self.server.cut(client.rank, client.scale)
         sent = down.over(public)
-        start = down.over(self._kept.get(client.id, AdapterState()).over(public))
+        kept = self._kept.get(client.id, AdapterState())
+        start = down.over(kept.over(public))
         ended = self.moved(start, client) if train is None else train(start, client)
-        trainable, shared = rule.trainable(rnd), rule.shared(rnd)
-        trained = ended.only(trainable).cut(client.rank)
-        if trainable - shared:
-            self._new[client.id] = trained.only(trainable - shared)
+        trained = ended.only(rule.trainable(rnd)).cut(client.rank)
+        # What it kept of parts that it did not train in this round is still its own.
+        self._new[client.id] = rule.stays(trained, rnd).over(kept)
         payload = rule.upload(sent, trained, client, rnd)
         update = ClientUpdate(
             client, sent, payload, float(client.num_samples), num_steps=1, down_nbytes=down.nbytes

@@ -56,7 +56,8 @@ def check_aggregator(
     - ``parts``: ``shared`` is in ``trainable``, and both name parts.
     - ``result``: names, shapes, type and scaling of the server; finite, also if nobody trained.
     - ``arguments``: no method edits what it is given, nor ``upload`` the rule.
-    - ``payload``: exactly the shared parts leave a client, at its rank.
+    - ``payload``: exactly the shared parts leave a client, at its rank and without what ``stays``;
+      what else it trained does stay, in a part that is ``private``.
     - ``distribution``: a client gets to the server's adapter with what it is sent and what it had,
       to the bit, also after rounds that it missed.
     - ``commit``: ``state_dict()`` does not change before the last update was read.
@@ -71,7 +72,9 @@ def check_aggregator(
       float64.
     - ``ranks``: all are averaged, or without ``mixed_ranks`` refused with a FedloraError.
 
-    Rules with parts that stay at the clients are judged by what is shared.
+    Rules with parts that stay at the clients are judged by what is shared. The adapter's layers are
+    ``layer0`` and perhaps ``layer1``; beside them there are ``classifier.weight``, ``norm.weight``
+    and ``logit_scale``. Wrappers are checked with a rule in them, as in the second example.
 
     Args:
         make_rule: makes a fresh rule; a class is one.
@@ -85,6 +88,8 @@ def check_aggregator(
     Example:
         >>> from fedlora.aggregation import FedAvg
         >>> check_aggregator(FedAvg, examples=2)
+        >>> from fedlora.aggregation import FFALoRA, LocalHead
+        >>> check_aggregator(lambda: LocalHead(FFALoRA()), examples=2)
     """
     one = _made(make_rule)
     unknown = sorted(set(skip) - CHECKS.keys())
@@ -105,7 +110,7 @@ def check_aggregator(
             failed = _search(title, trial, one.mixed_ranks, examples)
             if failed:
                 raise AssertionError(
-                    f"{type(one).__name__} fails {title!r}: {failed.said}. Example: {failed.case}"
+                    f"{one.name} fails {title!r}: {failed.said}. Example: {failed.case}"
                 ) from failed.cause
     finally:
         torch.set_num_threads(threads)

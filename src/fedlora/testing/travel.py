@@ -6,21 +6,40 @@ from dataclasses import replace
 
 from fedlora.aggregation.base import Aggregator
 from fedlora.state import AdapterState
-from fedlora.testing.compare import differences, require
+from fedlora.testing.compare import bits, differences, require
 from fedlora.testing.federation import Outcome, Trial, Turn
 
 
 def payload(trial: Trial) -> None:
-    """What is shared leaves the client, whole and alone; what else it trained does not."""
+    """What is shared leaves the client, whole and alone; what else it trained stays there."""
     for rule, outcome in trial.rounds():
         for turn in outcome.turns:
+            _stays(rule, outcome, turn)
             _leaves(rule, outcome, turn)
+
+
+def _stays(rule: Aggregator, outcome: Outcome, turn: Turn) -> None:
+    when, private = f"in round {outcome.rnd.idx}", rule.private(outcome.rnd)
+    trained = dict(turn.trained.tensors())
+    kept = dict(rule.stays(turn.trained, outcome.rnd).tensors())
+    for name, tensor in kept.items():
+        right = name in trained and bits(tensor) == bits(trained[name])
+        require(right, f"stays() keeps another {name} than was trained {when}")
+        named = name.split("/", 1)[0] in private
+        require(named, f"stays() keeps {name} {when}, of a part that private() does not name")
+    shared = dict(turn.trained.only(rule.shared(outcome.rnd)).tensors())
+    lost = sorted(trained.keys() - kept.keys() - shared.keys())
+    require(not lost, f"stays() does not keep {', '.join(lost)} {when}, which is not shared")
 
 
 def _leaves(rule: Aggregator, outcome: Outcome, turn: Turn) -> None:
     shared, sent = rule.shared(outcome.rnd), turn.update.payload
     got, want = (dict(state.tensors()) for state in (sent, turn.trained.only(shared)))
     when = f"in round {outcome.rnd.idx}"
+    kept = {name for name, _ in rule.stays(turn.trained, outcome.rnd).tensors()}
+    both = sorted(got.keys() & kept)
+    require(not both, f"upload() sends {', '.join(both)} {when}, which stays() keeps")
+    want = {name: tensor for name, tensor in want.items() if name not in kept}
     more, less = sorted(got.keys() - want.keys()), sorted(want.keys() - got.keys())
     require(not more, f"upload() sends {', '.join(more)} {when}, which shared() does not name")
     require(not less, f"upload() does not send {', '.join(less)} {when}, which shared() names")

@@ -46,9 +46,10 @@ def measure(
 
     Returns:
         The settings; ``rows``, of which ``asked`` has the rank of the settings: ``total``
-        parameters without the adapter, ``full``: trained in full (head, biases), ``percent`` of the
-        total trained, bytes for one client, one round, each way, and of the whole model,
-        ``reduction`` in percent; ``left_out``: towers -> why they could not be measured.
+        parameters without the adapter, ``full``: trained in full (head, biases, normalisation
+        layers), ``percent`` of the total trained, bytes for one client, one round, each way, and of
+        the whole model, ``reduction`` in percent; ``left_out``: towers -> why they could not be
+        measured.
 
     Raises:
         FedloraError: for a wrong setting, and a model whose config cannot be had.
@@ -116,14 +117,16 @@ def show(sizes: Mapping[str, Any]) -> None:
     # Without a terminal there is no width to keep to.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
     lora = sizes["lora"]
-    names = ("placement", "target_modules", "layers", "bias", "target_components")
+    names = ["placement", "target_modules", "layers", "bias", "target_components"]
+    names += ["train_norm"] if lora["train_norm"] else []
     settings = ", ".join(f"{name}={lora[name]}" for name in names if lora[name] is not None)
     what = f"lora_alpha = {lora['lora_alpha'] / lora['r']:g} r, {settings}"
     console.print(f"{sizes['model']}: LoRA {what if lora['enabled'] else 'off'}", markup=False)
     for towers, name in PARTS.items():
         rows = [row for row in sizes["rows"] if row["towers"] == towers]
         if rows:
-            full = "head" if lora["enabled"] and lora["bias"] == "none" else "in full"
+            head_alone = lora["enabled"] and lora["bias"] == "none" and not lora["train_norm"]
+            full = "head" if head_alone else "in full"
             console.print("", *_part(rows, name, full), sep="\n")
         elif towers in sizes["left_out"]:
             console.print(f"\n{name}: {sizes['left_out'][towers]}", markup=False)

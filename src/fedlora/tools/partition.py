@@ -33,11 +33,12 @@ def holdings(data: FederatedDataModule) -> dict[str, Any]:
         data: the data module; its settings say it all.
 
     Returns:
-        ``classes``: their names; ``clients``: per client ``id``, ``name``, ``train`` and ``val``
-        (rows), ``counts`` (training rows of each class); ``val`` and ``test``: rows of each class
-        at the server; ``idle``: rows that nobody got; ``unreadable``: pictures left out; ``skew``:
-        mean over clients of the total variation distance between a client's labels and the pool's
-        (0: alike; 1: apart).
+        ``classes``: their names; ``clients``: per client ``id``, ``name``, ``train``, ``val`` and
+        ``test`` (rows), ``counts`` (training rows of each class); ``val`` and ``test``: rows of
+        each class at the server; ``shared_test``: rows that both a client and the server test on;
+        ``idle``: rows that nobody got; ``unreadable``: pictures left out; ``skew``: mean over
+        clients of the total variation distance between a client's labels and the pool's (0: alike;
+        1: apart).
 
     Raises:
         FedloraError: when the pictures cannot be had or divided.
@@ -51,10 +52,15 @@ def holdings(data: FederatedDataModule) -> dict[str, Any]:
         return counts
 
     clients = [
-        {"id": i, "name": name, "train": len(rows), "val": len(held), "counts": counted(rows)}
-        for i, (rows, held, name) in enumerate(
-            zip(division.train, division.client_val, division.names, strict=True)
-        )
+        {
+            "id": i,
+            "name": name,
+            "train": len(rows),
+            "val": len(division.client_val[i]),
+            "test": len(division.client_test[i]),
+            "counts": counted(rows),
+        }
+        for i, (rows, name) in enumerate(zip(division.train, division.names, strict=True))
     ]
     counts = np.array([client["counts"] for client in clients], dtype=np.float64)
     pool = counts.sum(0) / counts.sum()
@@ -64,6 +70,7 @@ def holdings(data: FederatedDataModule) -> dict[str, Any]:
         "clients": clients,
         "val": counted(division.val),
         "test": counted(division.test),
+        "shared_test": division.shared_test(),
         "idle": division.idle,
         "unreadable": division.unusable,
         "skew": float(skew.mean()),
@@ -90,6 +97,10 @@ def _notes(held: Mapping[str, Any], clients: int, classes: int) -> Iterator[str]
         f"\n{total:,} training pictures of {classes} classes with {clients:,} clients; the server "
         f"has {sum(held['val']):,} to validate and {sum(held['test']):,} to test on."
     )
+    tested, shared = _tested(held), held["shared_test"]
+    if tested:
+        too = f"; the server has {shared:,} of these, too" if shared else ""
+        yield f"The clients have {tested:,} of their own to test on{too}."
     yield (
         f"Label skew {held['skew']:.3f}: how far a client's classes are from those of all (mean "
         "total variation distance; 0 alike, 1 apart)."
@@ -108,15 +119,21 @@ def _table(held: Mapping[str, Any]) -> Any:
     each = len(names) <= MOST_CLASSES
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     named = any(client["name"] for client in held["clients"])
-    for title in ("client", *(("name",) if named else ()), "train", "val"):
+    sizes = ("train", "val", "test") if _tested(held) else ("train", "val")
+    for title in ("client", *(("name",) if named else ()), *sizes):
         table.add_column(title, justify="left" if title == "name" else "right")
     for title in names if each else ("classes", "most of", "share"):
         table.add_column(_plain(title), justify="left" if title == "most of" else "right")
     for client in held["clients"][:MOST_CLIENTS]:
         own = (_plain(client["name"]),) if named else ()
         cells = map(str, client["counts"]) if each else _largest(client["counts"], names)
-        table.add_row(str(client["id"]), *own, f"{client['train']:,}", f"{client['val']:,}", *cells)
+        table.add_row(str(client["id"]), *own, *(f"{client[part]:,}" for part in sizes), *cells)
     return table
+
+
+def _tested(held: Mapping[str, Any]) -> int:
+    """How many pictures clients test on."""
+    return sum(client["test"] for client in held["clients"])
 
 
 def _largest(counts: Sequence[int], names: Sequence[str]) -> tuple[str, str, str]:
