@@ -1,10 +1,10 @@
 """Kill runs at random moments, go on with them, and compare the end with an undisturbed run.
 
-For each rule: one undisturbed run, then others of the same settings whose process group is killed
-one to three times, at moments drawn uniformly over the whole life of the undisturbed run, from the
-start of Python to its exit. Each goes on with ``fit --ckpt_path last`` until it exits with 0 (from
-the beginning, where the kill came before there was a run to go on with). Then all that the promise
-of equal bits covers is compared.
+For each rule or overlay: one undisturbed run, then others of the same settings whose process group
+is killed one to three times, at moments drawn uniformly over the whole life of the undisturbed run,
+from the start of Python to its exit. Each goes on with ``fit --ckpt_path last`` until it exits with
+0 (from the beginning, where the kill came before there was a run to go on with). Then all that the
+promise of equal bits covers is compared.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
+from fedlora.arguments import find_config
 from fedlora.checkpoint import load
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, FedloraError
 from fedlora.personal import ClientStore
 from fedlora.run_folder import RunFolder
 
@@ -37,6 +38,39 @@ FEDLORA = (sys.executable, "-m", "fedlora")
 CODES = {"KILL": (-9,), "TERM": (143, -15), "INT": (130, -2)}
 PATIENCE_S = 300  # until a process counts as hanging
 SUMMARY_TIMES = ("seconds", "versions")
+RULES = "FedAvg,FedExLoRA,FedSALoRA"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is killed.
+
+    Attributes:
+        name: as it is asked for and printed.
+        settings: what it adds to the command line.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+
+    @property
+    def folder(self) -> str:
+        """Its name as that of one folder."""
+        return self.name.replace("/", "-")
+
+    @classmethod
+    def of_rule(cls, name: str) -> Subject:
+        """A rule, by its class name."""
+        return cls(name, (f"--trainer.averaging.aggregator=fedlora.aggregation.{name}",))
+
+    @classmethod
+    def of_overlays(cls, name: str) -> Subject:
+        """Shipped configs or files, joined by ``+``; later ones win.
+
+        Raises:
+            FedloraError: for one that is not there.
+        """
+        return cls(name, tuple(f"--config={find_config(part)}" for part in name.split("+")))
 
 
 @dataclass
@@ -58,7 +92,7 @@ class Life:
 
 @dataclass
 class Report:
-    """What was seen of one rule."""
+    """What was seen of one subject."""
 
     kills: int = 0
     runs: int = 0
@@ -160,23 +194,44 @@ def manners(life: Life, sig: str, where: str) -> Iterator[str]:
 def fingerprint(root: Path) -> dict[str, Any]:
     """All that must be equal to the bit."""
     run = RunFolder.newest(root)
-    server = load(run.checkpoint("last")).server
-    found: dict[str, Any] = dict(server.adapter.tensors())
-    for name, residual in server.adapter.residual.items():
-        found[f"residual/{name}"] = residual.dense()
-    found["versions of the client states"] = dict(server.versions)
-    store = ClientStore(run.clients)
-    for client, version in server.versions.items():
-        found[f"clients/{client}"] = store.path(client, version).read_bytes()
-    found["history"] = [_timeless(row) for row in server.history]
-    for path in (run.metrics, run.clients_csv):
-        with path.open(newline="", encoding="utf-8") as file:
-            found[path.name] = [_timeless(row) for row in csv.DictReader(file)]
-    exported = sorted([*run.adapter.rglob("*"), *(run.path / "adapters").rglob("*")])
-    for path in exported:
+    found = {**_state(run, "last"), **_state(run, "best")}
+    for path in (run.metrics, run.clients_csv, run.client_test, run.per_class):
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                found[path.name] = [_timeless(row) for row in csv.DictReader(file)]
+    for path in sorted([*run.adapter.rglob("*"), *(run.path / "adapters").rglob("*")]):
         if path.suffix == ".safetensors":
             found[str(path.relative_to(run.path))] = path.read_bytes()
     found["summary.json"] = _timeless(json.loads(run.summary.read_text(encoding="utf-8")))
+    return found
+
+
+def _state(run: RunFolder, name: str) -> dict[str, Any]:
+    """What a checkpoint holds, and the client files that it names."""
+    saved = load(run.checkpoint(name))
+    server, store = saved.server, ClientStore(run.clients)
+    found: dict[str, Any] = {
+        "round": server.round_idx,
+        "versions of the client states": dict(server.versions),
+        "rounds of the last download": dict(server.received),
+        "history": [_timeless(row) for row in server.history],
+        **{f"adapter/{n}": tensor for n, tensor in server.adapter.tensors()},
+        **{f"residual/{n}": residual.dense() for n, residual in server.adapter.residual.items()},
+        **_leaves({"rule": saved.rule, "callbacks": saved.callbacks}),
+    }
+    for client, version in server.versions.items():
+        found[f"clients/{client}"] = store.path(client, version).read_bytes()
+    return {f"{name}.ckpt {what}": value for what, value in found.items()}
+
+
+def _leaves(state: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested state as path -> value, so that each tensor in it is compared by itself."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            found |= _leaves(value, f"{prefix}{name}/")
+        else:
+            found[f"{prefix}{name}"] = value
     return found
 
 
@@ -194,7 +249,9 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     for name in (name for name in one if name in other):
         a, b = one[name], other[name]
         if isinstance(a, torch.Tensor):
-            if not torch.equal(a, b):
+            if a.shape != b.shape:
+                found.append(f"{name}: {tuple(a.shape)} != {tuple(b.shape)}")
+            elif not torch.equal(a, b):
                 found.append(f"{name}: by {(a - b).abs().max():.1e}")
         elif a != b:
             found.append(name if isinstance(a, bytes) else f"{name}: {_first(a, b)}"[:500])
@@ -220,30 +277,33 @@ def leftovers(root: Path) -> set[str]:
     }
 
 
-def check(rule: str, options: argparse.Namespace, scratch: Path) -> Report:
-    """Kill and compare for one rule."""
+def check(
+    subject: Subject, options: argparse.Namespace, rest: Sequence[str], scratch: Path
+) -> Report:
+    """Kill and compare for one subject."""
     report = Report()
-    draw = random.Random(f"{options.seed} {rule}")
+    draw = random.Random(f"{options.seed} {subject.name}")
     signals = options.signals.split(",")
 
     def fresh(root: Path) -> list[str]:
         return [
-            *("fit", "--config=clip_lora.yaml", f"--trainer.max_rounds={options.rounds}"),
-            *("--trainer.threads=1", "--trainer.progress=plain"),
-            f"--trainer.averaging.aggregator=fedlora.aggregation.{rule}",
+            *("fit", "--config=clip_lora.yaml", *subject.settings),
+            *("--trainer.threads=1", "--trainer.progress=plain", *rest),
+            f"--trainer.max_rounds={options.rounds}",
             f"--trainer.default_root_dir={root}",
         ]
 
-    quiet = scratch / rule / "undisturbed"
+    quiet = scratch / subject.folder / "undisturbed"
     life = live([*FEDLORA, *fresh(quiet)], quiet / "stderr.txt", None, "KILL")
     if life.code:
         report.faults.append(f"the undisturbed run ended with {life.code}: {life.stderr[-500:]}")
         return report
     expected = fingerprint(quiet)
-    print(f"{rule}: undisturbed {life.seconds:.1f} s, {len(expected)} things compared", flush=True)
+    what = f"{life.seconds:.1f} s, {len(expected)} things compared"
+    print(f"{subject.name}: undisturbed {what}", flush=True)
     attempt = 0
     while report.runs < options.kills:
-        root = scratch / rule / f"{attempt}"
+        root = scratch / subject.folder / f"{attempt}"
         attempt += 1
         often = draw.choices((1, 2, 3), (6, 3, 1))[0]
         moments = [draw.uniform(0, life.seconds) for _ in range(often)]
@@ -264,10 +324,10 @@ def check(rule: str, options: argparse.Namespace, scratch: Path) -> Report:
     return report
 
 
-def show(rule: str, report: Report) -> None:
-    """Print what was seen of a rule."""
+def show(name: str, report: Report) -> None:
+    """Print what was seen of a subject."""
     same = "" if report.identical == report.runs else f"{report.identical} of "
-    print(f"{rule}: {report.kills} kills, {same}{report.runs} runs identical")
+    print(f"{name}: {report.kills} kills, {same}{report.runs} runs identical")
     print(f"  killed {', '.join(f'{where}: {n}' for where, n in sorted(report.stages.items()))}")
     if report.leftovers:
         print(f"  left behind: {', '.join(sorted(report.leftovers))}")
@@ -275,30 +335,57 @@ def show(rule: str, report: Report) -> None:
         print(f"  fault: {fault}")
 
 
+def asked_for(options: argparse.Namespace) -> list[Subject]:
+    """What is to be killed; without a choice the three rules.
+
+    Raises:
+        FedloraError: for an overlay that is not there.
+    """
+    rules = options.rules if options.rules or options.overlays else RULES
+    return [
+        *(Subject.of_rule(name) for name in rules.split(",") if name),
+        *(Subject.of_overlays(name) for name in options.overlays.split(",") if name),
+    ]
+
+
 def main() -> int:
     """Check what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="killed runs per rule, at least")
-    parser.add_argument("--rules", default="FedAvg,FedExLoRA,FedSALoRA")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="What else is given goes to fedlora: --trainer.clients_per_round=5 …",
+    )
+    parser.add_argument("--kills", type=int, default=20, help="killed runs of each, at least")
+    parser.add_argument("--rules", default="", help=f"default, without --overlays: {RULES}")
+    parser.add_argument(
+        "--overlays",
+        default="",
+        help="over clip_lora.yaml, e.g. personal/ditto.yaml,personal/fedsa.yaml; joined by +: "
+        "objectives/scaffold.yaml+personal/local_head.yaml",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--signals", default="KILL", help="in turn, of: KILL,TERM,INT")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--scratch", type=Path, help="kept folder for the runs; must be new")
-    options = parser.parse_args()
+    options, rest = parser.parse_known_args()
     unknown = sorted(set(options.signals.split(",")) - set(CODES))
     if unknown:
         parser.error(f"--signals should be of {', '.join(CODES)} but got {', '.join(unknown)}")
     if options.scratch and options.scratch.exists():
         parser.error(f"--scratch {options.scratch} is there already: choose a new folder")
+    try:
+        subjects = asked_for(options)
+    except FedloraError as error:
+        parser.error(str(error))
     # A shell that starts us in the background lets children ignore Ctrl-C; a handler undoes that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    reports = {}
+    reports = []
+    rest = [argument for argument in rest if argument != "--"]
     with tempfile.TemporaryDirectory() as temporary:
         scratch = options.scratch or Path(temporary)
-        for rule in options.rules.split(","):
-            reports[rule] = check(rule, options, scratch)
-            show(rule, reports[rule])
-    return int(any(r.faults or r.identical < r.runs or not r.runs for r in reports.values()))
+        for subject in subjects:
+            reports.append(check(subject, options, rest, scratch))
+            show(subject.name, reports[-1])
+    return int(any(r.faults or r.identical < r.runs or not r.runs for r in reports))
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def assign_ranks(
     if not rule.mixed_ranks and any(rank != config.r for rank in given):
         able = ", ".join(name for name, known in RULES.items() if known.mixed_ranks)
         raise FedloraError(
-            f"{type(rule).__name__} needs the server's rank, model.lora.r={config.r}, on all "
+            f"{rule.name} needs the server's rank, model.lora.r={config.r}, on all "
             "clients: trainer.client_ranks has others. Set model.lora.r where all are to have one "
             f"rank, else trainer.averaging.aggregator to one of {able}."
         )

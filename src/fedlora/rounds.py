@@ -181,7 +181,9 @@ class Rounds:
                 pass
         _check_finite(adapter, rnd)
         self.engine.lora.load(adapter)
-        figures = Figures() if self.rule.private(rnd) & {"A", "B"} else meter.figures(adapter)
+        own = self.rule.stays(adapter, rnd)
+        # There is no one average of layers that are the clients' own.
+        figures = Figures() if own.A or own.B else meter.figures(adapter)
         return (
             adapter,
             tally,

@@ -170,7 +170,9 @@ def test_personal_states_have_their_clients_rank(tmp_path, alpha):
         assert set(kept.ranks.values()) == {client.rank}
         assert not kept.A
         start = engine.load(client, rnd, server, rule)
-        assert start.down_nbytes == 4 * (client.rank * 4 * (128 + 512) + HEAD)  # A of fc1 and of fc2
+        assert start.down_nbytes == 4 * (
+            client.rank * 4 * (128 + 512) + HEAD
+        )  # A of fc1 and of fc2
         loaded = engine.lora.state()
         for name, B in kept.B.items():
             assert torch.equal(loaded.B[name][:, : client.rank], B)

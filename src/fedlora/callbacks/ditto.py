@@ -37,7 +37,7 @@ class Ditto(Objective):
     def check(self, setting: Setting) -> None:
         """Refuse rules without a common model whose factors v_k can be compared with."""
         check_averaged("Ditto", setting)
-        rule, name = setting.rule, type(setting.rule).__name__
+        rule, name = setting.rule, setting.rule.name
         if rule.private(setting.rnd):
             raise FedloraError(
                 f"{name} gives each client a model of its own already, so Ditto would be a second "

@@ -110,6 +110,6 @@ def check_averaged(name: str, setting: Setting) -> None:
     if not setting.rule.shared(setting.rnd):
         raise FedloraError(
             f"{name} keeps clients near the server's model, and under "
-            f"{type(setting.rule).__name__} there is none: nothing is averaged. Leave it out, or "
+            f"{setting.rule.name} there is none: nothing is averaged. Leave it out, or "
             "set trainer.averaging.aggregator to another rule."
         )

@@ -41,7 +41,7 @@ class SCAFFOLD(Objective):
     def check(self, setting: Setting) -> None:
         """Refuse whatever makes (x - y) / (T eta) another thing than a mean gradient."""
         check_averaged("SCAFFOLD", setting)
-        name = type(setting.rule).__name__
+        name = setting.rule.name
         faults = {
             "model.optimizer must be torch.optim.SGD without momentum": not _is_plain(
                 setting.optimizer

@@ -32,7 +32,8 @@ def at_start(trainer: FederatedTrainer, rounds: Rounds, stays: Storage) -> dict[
     mixed, most = len(ranks) > 1, Client(0, 0, ranks[-1])
     # What the rounds add to a residual comes on top, and is counted there.
     start = trainer.server.adapter
-    up = start.only(rounds.rule.shared(rnd)).cut(most.rank).nbytes
+    parts = start.only(rounds.rule.trainable(rnd)).cut(most.rank)
+    up = rounds.rule.upload(start.cut(most.rank), parts, most, rnd).nbytes
     down = rounds.rule.distribute(start, most, rnd).nbytes
     sizes = sorted(client.num_samples for client in rounds.clients)
     return {
@@ -40,7 +41,7 @@ def at_start(trainer: FederatedTrainer, rounds: Rounds, stays: Storage) -> dict[
         f"{lora.federated.num_classes} classes",
         "parameters": f"{total:,} in all, of which {adapters:,} in the adapter",
         "trained": f"{trained:,} ({100 * trained / total:.2f} %)",
-        "rule": type(rounds.rule).__name__,
+        "rule": rounds.rule.name,
         "traffic per client and round": f"{'up to ' * mixed}{readable(up)} up; "
         f"{readable(down)} down in round {rnd.idx}",
         **({"stays with a client": _kept(stays)} if stays.each else {}),
