@@ -44,8 +44,7 @@ def measure(overlay: Path, args: Sequence[str], root: Path) -> dict[str, Any]:
     built.fit()
     trainer, rounds = built.trainer, built.trainer.rounds
     history = trainer.server.history
-    personal = rounds.rule.private(rounds.round(0))
-    figure = "clients/acc_mean" if personal else "val/acc"
+    figure = rounds.monitor
     errors = [row["agg/error"] for row in history[1:] if row["agg/error"] is not None]
     about = json.loads((trainer.run.adapter / "fedlora.json").read_text(encoding="utf-8"))
     return {
@@ -73,8 +72,8 @@ def deviation(trainer: FederatedTrainer) -> float:
 
     found = [far(trainer.run.adapter)]
     for client in rounds.clients:
-        if client.id in server.versions:
-            rounds.engine.load(client, rounds.round(server.round_idx), server, rounds.rule)
+        if rounds.personal and client.id in server.versions:
+            rounds.engine.load_own(client, rounds.round(server.round_idx), server, rounds.rule)
             found.append(far(trainer.run.path / "adapters" / str(client.id)))
     rounds.engine.lora.load(server.adapter)
     return max(found)

@@ -59,11 +59,10 @@ def through_peft(folder: Path, pixels: torch.Tensor) -> torch.Tensor:
 def test_a_rule_from_start_to_end(tmp_path: Path, name: str) -> None:
     trainer = play(tmp_path / "whole", name)
     run, rounds, server = trainer.run, trainer.rounds, trainer.server
-    personal = rounds.rule.private(rounds.round(0))
+    personal = rounds.personal
 
     # It learns: on what its clients use.
-    figure = "clients/acc_mean" if personal else "val/acc"
-    first, last = server.history[0][figure], server.history[-1][figure]
+    first, last = (server.history[n][rounds.monitor] for n in (0, -1))
     assert last >= first + 0.10
     if rounds.rule.exact:
         assert all(row["agg/error"] < 1e-5 for row in server.history[1:])
@@ -75,7 +74,7 @@ def test_a_rule_from_start_to_end(tmp_path: Path, name: str) -> None:
     assert (served - through_peft(run.adapter, pixels)).abs().max() < 1e-5
     if personal:
         client = next(client for client in rounds.clients if client.id in server.versions)
-        rounds.engine.load(client, rounds.round(server.round_idx), server, rounds.rule)
+        rounds.engine.load_own(client, rounds.round(server.round_idx), server, rounds.rule)
         with torch.no_grad():
             own = model.eval().encode_image(pixels)
         assert (own - served).abs().max() > 1e-3

@@ -250,6 +250,14 @@ class FederatedDataModule(LightningDataModule):
         rows = self.holdings.rows(self.holdings.division.client_test[client.id])
         return rows.batches(self.eval_batch_size)
 
+    def num_client_val(self, client: Client) -> int:
+        """Validation rows of a client."""
+        return len(self.holdings.division.client_val[client.id])
+
+    def num_client_test(self, client: Client) -> int:
+        """Test rows of a client."""
+        return len(self.holdings.division.client_test[client.id])
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """The training rows of all clients in one pool, in a new order each epoch."""
         pool = np.concatenate(self.holdings.division.train)

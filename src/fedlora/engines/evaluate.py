@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -112,22 +111,19 @@ def evaluate_clients(
         Client id -> its figures, for clients that have such rows.
     """
     personal = engine.personal(rule, rnd)
-    fabric, module = engine.loop.fabric, engine.loop.module
-    of_client = engine.data.client_val_batches
-    if split == "test":
-        of_client = engine.data.client_test_batches
+    fabric, module, data = engine.loop.fabric, engine.loop.module, engine.data
+    testing = split == "test"
     found = {}
     for client in clients:
-        batches = of_client(client)
-        first = next(batches, None)
-        if first is None:
+        count = data.num_client_test(client) if testing else data.num_client_val(client)
+        if not count:
             continue
         if personal:
             engine.load_own(client, rnd, server, rule)
-        counted = _Counted(itertools.chain([first], batches))
-        values = evaluate(fabric, module, counted, module.validation_step).values
+        batches = data.client_test_batches(client) if testing else data.client_val_batches(client)
+        values = evaluate(fabric, module, batches, module.validation_step).values
         acc, loss = (float(values[name] or 0.0) for name in ("acc", "loss"))
-        found[client.id] = ClientScore(counted.rows, acc, loss)
+        found[client.id] = ClientScore(count, acc, loss)
     if personal:
         engine.lora.load(server.adapter)
     return found
@@ -144,16 +140,3 @@ def spread(scores: Mapping[int, ClientScore], prefix: str) -> dict[str, float | 
     accuracies = torch.tensor([score.acc for score in scores.values()], dtype=torch.float64)
     values = accuracies.mean(), accuracies.min(), accuracies.std(correction=0)
     return {f"{prefix}{name}": float(value) for name, value in zip(names, values, strict=True)}
-
-
-class _Counted:
-    """Batches, and how many rows there were."""
-
-    def __init__(self, batches: Iterable[dict[str, Tensor]]) -> None:
-        self.batches = batches
-        self.rows = 0
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in self.batches:
-            self.rows += len(batch["label"])
-            yield batch

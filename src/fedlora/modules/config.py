@@ -35,7 +35,7 @@ class LoRAConfig:
             "classifier" (a linear head; beside the encoder with the head's own preset). A linear
             head that is not adapted is trained in full.
         train_norm: train the normalisation layers of the adapted model in full, weights and biases,
-            beside the adapter (arXiv 2309.12307, section 3.3); a bias counts once, whatever
+            beside the adapter (as LongLoRA does, arXiv 2309.12307); a bias counts once, whatever
             ``bias`` says.
     """
 
