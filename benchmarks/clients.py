@@ -40,6 +40,7 @@ from fedlora.engines.sequential import SequentialEngine
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.personal import ClientStore
 from fedlora.run_folder import RunFolder
+from fedlora.saves import Saves
 from fedlora.trainer import FederatedTrainer
 
 MB = 1e6
@@ -55,7 +56,7 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (SequentialEngine, "_start", "rule.distribute, what is sent"),
     (ClientStore, "read", "reading what stays"),
     (ClientStore, "write", "writing what stays"),
-    (ClientStore, "prune", "prune"),
+    (Saves, "prune", "prune"),
     (AdapterAveraging, "average", "the rest of engine and averaging"),
     (rounds.Rounds, "_evaluate", "evaluation"),
     (checkpoint, "save", "last.ckpt"),

@@ -92,12 +92,12 @@ def test_prune_keeps_exactly_what_is_named(store):
     assert values(store.read(0, {0: 2})) == [2.0]
 
 
-def test_prune_looks_only_where_it_is_told_to(store):
+def test_what_is_removed_is_gone_and_the_rest_stays(store):
     for client in (0, 1):
         for version in (1, 2):
             store.write(client, version, kept(version))
-    store.prune([{0: 2, 1: 2}], clients=[1, 7])
-    assert files(store) == ["0/1.safetensors", "0/2.safetensors", "1/2.safetensors"]
+    store.remove({(0, 1), (1, 2), (7, 1)})
+    assert files(store) == ["0/2.safetensors", "1/1.safetensors"]
 
 
 def test_prune_of_nothing(store):

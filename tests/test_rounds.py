@@ -12,6 +12,7 @@ from fedlora.errors import CheckpointError
 from fedlora.personal import ClientStore, Kept
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
+from fedlora.saves import Saves
 from fedlora.state import AdapterState, ServerState
 
 NAMES = ("last", "previous", "best")
@@ -38,9 +39,10 @@ def rounds(run, monkeypatch):
     """The rounds of that run, without a model."""
     monkeypatch.setattr(artefacts, "export", lambda *_: None)
     rounds = object.__new__(Rounds)
-    rounds.run, rounds.rule, rounds.identity, rounds._on_disk = run, MagicMock(), {}, {}
+    rounds.run, rounds.rule, rounds.identity = run, MagicMock(), {}
     rounds.trainer = MagicMock(config=None)
     rounds.engine = SimpleNamespace(store=ClientStore(run.clients), lora=MagicMock())
+    rounds.saves = Saves(run, rounds.engine.store)
     return rounds
 
 

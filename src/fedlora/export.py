@@ -209,14 +209,17 @@ def _write_peft(
         scaled: dict[str, Any] = {"r": r, "lora_alpha": r}
     else:
         scaled = scaling_settings(config, {name: adapter.scaling[name] for name in names}, r)
-    LoraConfig(
+    written = LoraConfig(
         **scaled,
         lora_dropout=config.lora_dropout,
         bias=config.bias,
         target_modules=_targets(lora, names),
         base_model_name_or_path=base_model,
         inference_mode=True,
-    ).save_pretrained(str(folder))
+    )
+    if isinstance(written.target_modules, set):  # whose order is another in each process
+        written.target_modules = sorted(written.target_modules)
+    written.save_pretrained(str(folder))
     _save(folder / WEIGHTS, tensors)
     known = frozenset(n for n in inside if config.bias != "none" and n.endswith("bias"))
     error = factors.error

@@ -133,13 +133,13 @@ class ClientStore:
             CheckpointError: when the file that is in force is gone or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         if client_id not in versions:
             return Kept()
         path = self.path(client_id, versions[client_id])
         try:
-            return Kept.from_tensors(load_file(path))
+            return Kept.from_tensors(load(path.read_bytes()))
         except (OSError, SafetensorError, ValueError) as error:
             raise CheckpointError(
                 f"the state of client {client_id} cannot be read from {path} ({error}). Restore "
@@ -152,21 +152,20 @@ class ClientStore:
         self._written = {}
         return merged
 
-    def prune(
-        self, keep: Iterable[Mapping[int, int]], clients: Iterable[int] | None = None
-    ) -> None:
-        """Delete versions that no checkpoint names; called once the checkpoint is in place.
+    def remove(self, versions: Iterable[tuple[int, int]]) -> None:
+        """Delete versions, each client id and version."""
+        for client_id, version in versions:
+            self.path(client_id, version).unlink(missing_ok=True)
+
+    def prune(self, keep: Iterable[Mapping[int, int]]) -> None:
+        """Delete every version that no checkpoint names, whatever wrote it.
 
         Args:
             keep: the versions of each checkpoint on disk.
-            clients: whose folders to look at; None means all.
         """
         if not self.folder.is_dir():
             return
         named = {self.path(*version) for versions in keep for version in versions.items()}
-        folders = (
-            self.folder.iterdir() if clients is None else (self.folder / str(c) for c in clients)
-        )
-        for path in [file for folder in folders for file in folder.glob("*")]:
+        for path in self.folder.glob("*/*"):
             if path not in named:
                 path.unlink(missing_ok=True)

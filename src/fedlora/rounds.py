@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -22,8 +22,9 @@ from fedlora.engines.evaluate import (
 )
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.personal import Storage
-from fedlora.run_folder import CHECKPOINTS, RunFolder
+from fedlora.run_folder import RunFolder
 from fedlora.sampling import Absence, Plan, choose, plan
+from fedlora.saves import Saves
 from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
 from fedlora.tally import Tally
 
@@ -58,7 +59,7 @@ class Rounds:
         self.rule = trainer.averaging.aggregator
         self.run = run
         self.identity = identity.of(trainer, engine, clients)
-        self._on_disk: dict[str, Mapping[int, int]] = {}
+        self.saves = Saves(run, engine.store)
 
     def round(self, idx: int) -> Round:
         """What is known about a round beforehand."""
@@ -121,9 +122,7 @@ class Rounds:
         self.trainer.hooks.load_state_dict(dict(saved.callbacks))
         self.trainer.server = saved.server
         self.engine.lora.load(saved.server.adapter)
-        if self.engine.store.folder.exists():
-            self._on_disk = {name: self._versions(name) for name in CHECKPOINTS}
-            self.engine.store.prune(self._on_disk.values())
+        self.saves.reopen()
 
     def play(self) -> None:
         """Play the next round; where it breaks off the model is as before it."""
@@ -261,34 +260,16 @@ class Rounds:
     def _derive(self, row: Row) -> None:
         artefacts.export(self, self.run.adapter, self.trainer.server.adapter)
         self.trainer.call("on_round_end", row)
-        self._prune(self.trainer.server)
+        self.saves.prune()
 
     def _save(self) -> None:
         trainer = self.trainer
         rule = {"class_path": identity.class_path(self.rule), "state": self.rule.state_dict()}
-        content = checkpoint.Checkpoint(
-            trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
+        self.saves.write(
+            checkpoint.Checkpoint(
+                trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
+            )
         )
-        checkpoint.save(self.run.checkpoint("last"), content)
-        self._on_disk["previous"] = self._on_disk.get("last", {})
-        self._on_disk["last"] = trainer.server.versions
-
-    def keep_as_best(self) -> None:
-        """Give ``last.ckpt`` a second name, ``best.ckpt``."""
-        checkpoint.keep_as(self.run.checkpoint("last"), self.run.checkpoint("best"))
-        self._on_disk["best"] = self.trainer.server.versions
-
-    def _prune(self, state: ServerState) -> None:
-        """Forget the client states that no checkpoint on disk needs any more."""
-        changed = [c for c, version in state.versions.items() if version == state.round_idx]
-        if changed:
-            self.engine.store.prune(self._on_disk.values(), changed)
-
-    def _versions(self, name: str) -> Mapping[int, int]:
-        try:
-            return checkpoint.load(self.run.checkpoint(name)).server.versions
-        except CheckpointError:  # missing or damaged: it needs none
-            return {}
 
 
 def _check_finite(adapter: AdapterState, rnd: Round) -> None:

@@ -273,7 +273,7 @@ class FederatedTrainer:
 
     def keep_as_best(self) -> None:
         """Give the checkpoint just written a second name, ``best.ckpt``."""
-        self.rounds.keep_as_best()
+        self.rounds.saves.keep_as_best()
 
 
 def _check_range(**values: tuple[int | None, int]) -> None:

@@ -76,6 +76,7 @@ def test_the_best_round_can_be_judged_by_them(tmp_path: Path) -> None:
     from fedlora import RoundCheckpoint
 
     keep = RoundCheckpoint("val/macro_f1")
-    trainer = fit(tmp_path, callbacks=[keep], model={"metrics": ["macro_f1"]}, max_rounds=2)
+    model, data = {"metrics": ["macro_f1"]}, {"val_fraction": 0.2}
+    trainer = fit(tmp_path, callbacks=[keep], model=model, data=data, max_rounds=2)
     values = [row["val/macro_f1"] for row in trainer.server.history]
     assert keep.best_value == max(values) > values[0]

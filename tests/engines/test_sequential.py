@@ -319,7 +319,7 @@ def test_the_last_round_of_a_client_is_told_to_the_rule(tmp_path):
 
     rule, watch = Asks(), Watch()
     fit(tmp_path, rule, max_rounds=3, limit_train_batches=1, callbacks=[watch])
-    assert len(rule.asked) == 1 + 3 * 3 * 2  # the first is the table at the start
+    assert len(rule.asked) == 2 + 3 * 3 * 2  # the first are of the table at the start
     assert set(rule.asked) == {(0, None), (1, 0), (2, 1)}
     for updates in watch.updates.values():
         assert [update.client.last_round for update in updates] == [None, 0, 1]
