@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.ditto import Ditto
 from fedlora.checkpoint import load
 from fedlora.data import Digits
+from fedlora.personal import ClientStore
 from fedlora.sampling import Sampling
 from fedlora.state import AdapterState
 from tests.runs import assert_same_bits, fingerprint, make_data, make_model, make_trainer, rows
@@ -133,18 +136,9 @@ def test_the_rows_of_a_round_add_up(many: FederatedTrainer) -> None:
 
 def test_the_same_are_absent_after_a_resume(tmp_path: Path, many: FederatedTrainer) -> None:
     with pytest.raises(Killed):
-        play(tmp_path, FedSALoRA(), callbacks=[KillAtRound(3)], **MANY)
+        play(tmp_path, FedSALoRA(), callbacks=[KillAtRound(2)], **MANY)
     resumed = play(tmp_path, FedSALoRA(), ckpt_path="last", **MANY)
     assert_same_bits(fingerprint(many.run.path), fingerprint(resumed.run.path))
-
-
-def test_others_are_absent_with_another_seed(tmp_path: Path, many: FederatedTrainer) -> None:
-    other = play(tmp_path, FedSALoRA(), **(MANY | {"max_rounds": 2, "seed": 1}))
-    one, two = (
-        [(row["round"], row["id"], row["status"]) for row in rows(each.run.clients_csv)]
-        for each in (many, other)
-    )
-    assert [row for row in one if row[0] in ("1", "2")] != two
 
 
 class Steps(FederatedCallback):
@@ -159,19 +153,19 @@ class Steps(FederatedCallback):
 
 def test_who_is_late_sends_what_it_has(tmp_path: Path) -> None:
     steps = Steps()
-    sampling = Sampling(deadline_steps=4, slowness=0.7, late="partial")
+    sampling = Sampling(deadline_steps=3, slowness=0.7, late="partial")
     trainer = play(
         tmp_path,
         sampling=sampling,
-        clients=6,
-        local_steps=6,
+        clients=5,
+        local_steps=4,
         max_rounds=2,
         callbacks=[Ditto(), steps],
     )
     table = rows(trainer.run.clients_csv)
     taken = {int(row["id"]): int(row["steps"]) for row in table if row["steps"]}
-    assert min(taken.values()) < 4 < max(taken.values())
-    assert max(taken.values()) <= 6
+    assert min(taken.values()) < 3
+    assert max(taken.values()) == 4
     for row in table:
         id_ = int(row["id"])
         if id_ in taken:  # each as fast in both rounds and both lanes
@@ -298,6 +292,15 @@ def test_an_error_leaves_its_client_out(tmp_path: Path, broken: Any) -> None:
     assert third[0] == 3
     assert third != first
     assert not list(trainer.run.clients.glob("1/2.*"))
+
+
+def test_a_full_disk_is_no_clients_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ClientStore, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        play(tmp_path, LocalHead(), on_client_error="skip", min_clients=0, max_rounds=1)
 
 
 def test_too_few_answers_leave_all_as_it_was(tmp_path: Path, broken: Any) -> None:

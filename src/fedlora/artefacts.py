@@ -57,8 +57,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str,
     trainer = rounds.trainer
     history = trainer.server.history
     first, last = history[0], history[-1]
-    judged = [(value, row) for row in history if (value := row.get(rounds.monitor)) is not None]
-    best = max(judged, key=lambda pair: pair[0])[1] if judged else None
+    best = next((row for row in history if row["round"] == trainer.keeper.best_round), None)
 
     def total(name: str) -> float:
         return sum(row.get(name) or 0 for row in history)
@@ -73,7 +72,7 @@ def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str,
         },
         "final": dict(last),
         "best": None if best is None else dict(best),
-        "monitor": rounds.monitor,
+        "monitor": trainer.keeper.monitor or rounds.monitor,
         "comm/up_bytes": total("comm/up_bytes"),
         "comm/down_bytes": total("comm/down_bytes"),
         "seconds": total("time/round_s"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from fedlora.callbacks.objective import Setting, check_objectives
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.sequential import SequentialEngine
-from fedlora.errors import FedloraError
+from fedlora.errors import CheckpointError, FedloraError
 from fedlora.personal import ClientStore
 from fedlora.ranks import assign_ranks
 from fedlora.rounds import Rounds
@@ -82,7 +82,8 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
     def leaves_out(error: Exception) -> bool:
         if isinstance(error, NonFiniteError):
             return trainer.on_nonfinite == "skip"
-        return trainer.on_client_error == "skip"
+        # What was kept for a client and cannot be read is no fault of the client.
+        return trainer.on_client_error == "skip" and not isinstance(error, CheckpointError)
 
     def on_absent(absence: Absence, nbytes: int, error: Exception | None) -> None:
         trainer.rounds.miss(absence, nbytes, error)

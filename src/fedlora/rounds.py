@@ -201,9 +201,9 @@ class Rounds:
 
     def miss(self, absence: Absence, nbytes: int, error: Exception | None) -> None:
         """Take note of a client that does not answer."""
-        self.tally.miss(absence, error)
         if error is not None:
             self.trainer.progress.say_left_out(absence, error)
+        self.tally.miss(absence, error)  # last: it forgets where the error is from
         self.trainer.call("on_client_absent", absence, nbytes)
 
     def _announce(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:

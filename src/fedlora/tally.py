@@ -23,12 +23,13 @@ class Tally:
         self.up = self.down = 0
         self.clients: list[Client] = []
         self._loss = self._weight = 0.0
-        self._errors: list[tuple[Absence, Exception]] = []
+        self._error: tuple[Absence, Exception] | None = None
 
     def miss(self, absence: Absence, error: Exception | None) -> None:
-        """Remember a client that did not answer because of an error."""
-        if error is not None:
-            self._errors.append((absence, error))
+        """Remember the first client that did not answer because of an error."""
+        if error is not None and self._error is None:
+            # Without its frames, which hold the client's batch and graph.
+            self._error = absence, error.with_traceback(None)
 
     def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
         """Pass the updates on.
@@ -47,7 +48,7 @@ class Tally:
             self._refuse()
 
     def _refuse(self) -> None:
-        first, error = self._errors[0] if self._errors else (None, None)
+        first, error = self._error or (None, None)
         why = f"; of {first.client}: {first.reason}" if first else ""
         raise FedloraError(
             f"{len(self.clients)} clients answered in round {self.rnd.idx}, fewer than "

@@ -160,20 +160,21 @@ class FederatedTrainer:
         self.on_client_error = on_client_error
         self.default_root_dir = Path(default_root_dir)
         chosen = list(callbacks or [])
-        keepers = sum(isinstance(callback, RoundCheckpoint) for callback in chosen)
-        if keepers > 1:
+        keepers = [callback for callback in chosen if isinstance(callback, RoundCheckpoint)]
+        if len(keepers) > 1:
             raise FedloraError(
-                f"trainer.callbacks must have at most one RoundCheckpoint, got {keepers}: there is "
-                "one best.ckpt. Drop the others."
+                f"trainer.callbacks must have at most one RoundCheckpoint, got {len(keepers)}: "
+                "there is one best.ckpt. Drop the others."
             )
-        if not keepers:
-            chosen.append(RoundCheckpoint())
+        self.keeper = keepers[0] if keepers else RoundCheckpoint()
+        chosen += [] if keepers else [self.keeper]
         self.progress = Progress(progress)
         self.hooks = Hooks([self.averaging, Records(), *chosen, self.progress])
         # The resolved configuration, where there is one: saved, and compared on resume.
         self.config: Mapping[str, Any] | None = None
         self.config_text = ""
         self.run: RunFolder | None = None
+        self.played = False
         self.rounds: Rounds
         self.fabric: Fabric
         self.server: ServerState
@@ -222,6 +223,12 @@ class FederatedTrainer:
         Raises:
             FedloraError: for input that cannot be used; one line that says what to do.
         """
+        if self.played and ckpt_path is None:
+            raise FedloraError(
+                "this trainer has played a run, which its rule and its callbacks remember. Make a "
+                "new trainer for another, or go on with ckpt_path."
+            )
+        self.played = True
         self._begin(TrainerFn.FITTING, model, datamodule, ckpt_path)
         session.launch(self, lambda: session.fit(self, ckpt_path))
 

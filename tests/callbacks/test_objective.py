@@ -23,6 +23,7 @@ from fedlora.callbacks.scaffold import SCAFFOLD
 from fedlora.data import Digits
 from fedlora.engines.local import Lane, LocalLoop
 from fedlora.errors import CheckpointError
+from fedlora.modules.report import readable
 from fedlora.round_lr import RoundLR
 from fedlora.sampling import Sampling
 from fedlora.state import Client, Round
@@ -199,8 +200,11 @@ class Echo(Objective):
         self.seen: list[tuple[int, float, list[float] | None]] = []
         self.anchored: list[bool] = []
 
-    def download(self, client: Client) -> dict[str, torch.Tensor]:
+    def download(self, client: Client, shared: Any) -> dict[str, torch.Tensor]:
         return {"hint": torch.full((3,), float(client.id))}
+
+    def sent(self, shared: Any) -> dict[str, torch.Tensor]:
+        return {"echo": torch.zeros(6)}
 
     def remembered(self, shared: Any) -> dict[str, torch.Tensor]:
         return {"count": torch.zeros(2)}
@@ -223,6 +227,9 @@ def test_what_travels_is_counted_and_what_stays_comes_back(tmp_path: Path) -> No
     sampling = Sampling(dropout=0.4)
     trainer = play(tmp_path, callbacks=[echo, sent], sampling=sampling, max_rounds=4, min_clients=0)
     adapter = trainer.server.adapter.nbytes
+    said = trainer.run.log.read_text()  # before the first round
+    assert f"round: {readable(adapter + 24)} up; {readable(adapter + 12)} down in round 0" in said
+    assert trainer.rounds.storage().each == (trainer.run.clients / "0/4.safetensors").stat().st_size
     table = rows(trainer.run.clients_csv)
     assert {row["status"] for row in table} == {"answered", "dropped out"}
     for row in table:

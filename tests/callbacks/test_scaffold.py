@@ -33,7 +33,7 @@ from fedlora.callbacks.scaffold import SCAFFOLD
 from fedlora.data import Digits
 from fedlora.engines.local import Lane, LocalLoop
 from fedlora.sampling import Sampling
-from fedlora.state import AdapterState, Client, ClientUpdate, Round
+from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Round
 from tests.engines.test_local import Line, batches, sgd
 from tests.runs import make_data, make_model, make_trainer, rows
 
@@ -124,7 +124,10 @@ def test_clients_that_differ_agree_on_the_common_optimum(corrected: bool) -> Non
             if corrected:
                 lane.objectives = [scaffold]
             lane.anchor = {"other/w": line.w.detach().clone()}
-            lane.received, lane.memory = scaffold.download(lane.client), kept[number]
+            lane.received, lane.memory = (
+                scaffold.download(lane.client, lane.parameters),
+                kept[number],
+            )
             data = [{"image": torch.tensor([scale]), "label": torch.tensor([target * scale])}]
             loop.run(lane, rnd, 1, lambda epoch, data=data: iter(data))
             kept[number] = lane.memory
@@ -308,17 +311,22 @@ def test_what_stays_with_a_client_has_no_control(tmp_path: Path) -> None:
 
 def test_rounds_that_train_one_factor_leave_the_others_control(tmp_path: Path) -> None:
     watch = Watch()
-    play(tmp_path, RoLoRA(), callbacks=[SCAFFOLD(), watch], max_rounds=2)
+    play(tmp_path, RoLoRA(), callbacks=[SCAFFOLD(), watch], max_rounds=3)
     for idx, part in ((0, "B/"), (1, "A/")):
         for update in watch.updates[idx]:
             assert set(update.extra) == names_of(update.payload)
             assert {name[8:10] for name in update.extra} == {part, "ot"}
-    first, second = watch.control[1:]
+    first, second = watch.control[1:3]
     assert {name[:2] for name in second} == {"A/", "B/", "ot"}
     for name in (name for name in first if name.startswith("B/")):
         assert torch.equal(first[name], second[name])
         for before, after in zip(watch.memory[1].values(), watch.memory[2].values(), strict=True):
             assert torch.equal(before[f"control/{name}"], after[f"control/{name}"])
+    # In the third round A and the head are sent, and control of what is trained: B and the head.
+    nbytes = {part: sum(t.nbytes for t in watch.adapters[0].part(part).values()) for part in PARTS}
+    for update in watch.updates[2]:
+        assert update.down_nbytes == nbytes["A"] + nbytes["B"] + 2 * nbytes["other"]
+        assert update.nbytes == 2 * (nbytes["B"] + nbytes["other"])
 
 
 def test_a_client_that_drops_out_was_sent_the_control_too(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections import defaultdict
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,7 @@ from fedlora.aggregation import FedAvg, FedExLoRA
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.checkpoint import load
 from fedlora.engines.evaluate import evaluate_clients
+from fedlora.errors import FedloraError
 from tests.padded_mean import PaddedMean
 from tests.runs import fit, make_data, make_model, make_trainer, rows
 
@@ -329,3 +332,40 @@ def test_the_clients_of_a_run_are_left_alone(tmp_path):
     trainer = fit(tmp_path, max_rounds=2, limit_train_batches=1)
     clients = trainer.rounds.clients
     assert clients == [replace(c, rank=4, scale=1.0, last_round=None) for c in clients]
+
+
+class Breaks(FederatedCallback):
+    """An error in the middle of an optimizer step, in each round."""
+
+    def __init__(self, client):
+        self.client, self.graphs = client, []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.lane.client.id == self.client:
+            self.graphs.append(weakref.ref(outputs["losses"]))
+            raise RuntimeError("the disk of this client is gone")
+
+    def on_round_end(self, trainer, pl_module, row):
+        gc.collect()
+        assert [graph() for graph in self.graphs if graph() is not None] == []
+
+
+def test_a_client_that_breaks_off_leaves_nothing_to_the_next(tmp_path):
+    watch, whole = Watch(), Watch()
+    settings = {"max_rounds": 1, "accumulate_grad_batches": 2, "on_client_error": "skip"}
+    trainer = fit(tmp_path, callbacks=[watch, Breaks(0)], **settings)
+    fit(tmp_path, callbacks=[whole], **settings)
+    assert [len(watch.updates[client]) for client in (0, 1, 2)] == [0, 1, 1]
+    for client in (1, 2):
+        one, other = (dict(seen.updates[client][0].payload.tensors()) for seen in (watch, whole))
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), (client, name)
+    said = [row["status"] for row in rows(trainer.run.clients_csv) if row["id"] == "0"]
+    assert said == ["error: RuntimeError: the disk of this client is gone"]
+
+
+def test_a_trainer_plays_one_run(tmp_path):
+    trainer = fit(tmp_path, max_rounds=1, limit_train_batches=1)
+    with pytest.raises(FedloraError, match="has played a run"):
+        trainer.fit(make_model(), make_data())
+    assert not (tmp_path / "version_1").exists()

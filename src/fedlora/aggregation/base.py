@@ -126,6 +126,11 @@ class Aggregator(ABC):
         """The inverse of :meth:`state_dict`."""
 
 
+def turns(rnd: Round) -> tuple[Round, Round]:
+    """This round and the next: a rule whose parts take turns names others in them."""
+    return rnd, replace(rnd, idx=rnd.idx + 1)
+
+
 def beside(down: AdapterState, server: AdapterState, client: Client, rnd: Round) -> AdapterState:
     """``down`` cut to the client's rank, with what the client lacks of the server's residual.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedlora.aggregation.base import turns
 from fedlora.callbacks.objective import Objective, Setting, check_averaged
 from fedlora.callbacks.proximal import check_strength, pull
 from fedlora.errors import FedloraError
@@ -19,8 +20,8 @@ class Ditto(Objective):
     arXiv 2012.04221, algorithm 1. A client that plays trains twice on the same batches: the common
     model from w_t, which is averaged as without Ditto to the bit, then v_k, with the same
     optimizer, epochs and steps. v_k starts from the w_t of the first round that the client plays
-    in, stays with it, and is what is evaluated and exported for it; a client that never played is
-    served the common model. A round costs twice the training and no traffic.
+    in, stays whole with it, and is what is evaluated and exported for it; a client that never
+    played is served the common model. A round costs twice the training and no traffic.
 
     Args:
         lam: how strongly v_k is held near w_t; 0 is training alone.
@@ -38,7 +39,7 @@ class Ditto(Objective):
         """Refuse rules without a common model whose factors v_k can be compared with."""
         check_averaged("Ditto", setting)
         rule, name = setting.rule, setting.rule.name
-        if rule.private(setting.rnd):
+        if any(rule.private(now) for now in turns(setting.rnd)):
             raise FedloraError(
                 f"{name} gives each client a model of its own already, so Ditto would be a second "
                 "one. Leave one of them out."

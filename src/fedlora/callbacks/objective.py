@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.aggregation import Aggregator
+from fedlora.aggregation.base import turns
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.errors import FedloraError
 from fedlora.state import Client, Round
@@ -62,8 +63,17 @@ class Objective(FederatedCallback):
             FedloraError: says why, and what to use instead.
         """
 
-    def download(self, client: Client) -> Mapping[str, Tensor]:
-        """What the server sends to a client beside the adapter; counted as traffic."""
+    def download(self, client: Client, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What the server sends to a client beside the adapter; counted as traffic.
+
+        Args:
+            client: whom to.
+            shared: the parameters that clients train in this round and the server averages.
+        """
+        return {}
+
+    def sent(self, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of the names and shapes that a client puts into ``extra``."""
         return {}
 
     def remembered(self, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -107,7 +117,7 @@ def check_averaged(name: str, setting: Setting) -> None:
     Raises:
         FedloraError: names the rule.
     """
-    if not setting.rule.shared(setting.rnd):
+    if not any(setting.rule.shared(now) for now in turns(setting.rnd)):
         raise FedloraError(
             f"{name} keeps clients near the server's model, and under "
             f"{setting.rule.name} there is none: nothing is averaged. Leave it out, or "

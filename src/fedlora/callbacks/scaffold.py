@@ -64,9 +64,14 @@ class SCAFFOLD(Objective):
                     f"moves it: {what}. FedProx has no such demand."
                 )
 
-    def download(self, client: Client) -> Mapping[str, Tensor]:
-        """The server's c, float32; nothing before there is one."""
-        return {f"{CONTROL}{name}": c.float() for name, c in self.control.items()}
+    def download(self, client: Client, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The server's c, float32, of what is trained; nothing before there is one."""
+        control = self.control
+        return {f"{CONTROL}{name}": control[name].float() for name in shared if name in control}
+
+    def sent(self, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The change of c_k."""
+        return self.remembered(shared)
 
     def remembered(self, shared: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """c_k, of each parameter that is averaged."""

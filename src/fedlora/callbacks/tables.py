@@ -34,7 +34,9 @@ def at_start(trainer: FederatedTrainer, rounds: Rounds, stays: Storage) -> dict[
     start = trainer.server.adapter
     parts = start.only(rounds.rule.trainable(rnd)).cut(most.rank)
     up = rounds.rule.upload(start.cut(most.rank), parts, most, rnd).nbytes
+    beside = rounds.engine.beside_nbytes(most, rounds.rule, rnd)
     down = rounds.rule.distribute(start, most, rnd).nbytes
+    up, down = up + beside[0], down + beside[1]
     sizes = sorted(client.num_samples for client in rounds.clients)
     return {
         "model": f"{lora.federated.model_name}, {lora.federated.head} head, "

@@ -111,6 +111,7 @@ class LocalLoop:
         if lora is None:
             raise FedloraError("the model is not built yet.")
         optimizer = self.module.configure_optimizers()
+        optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
         return Lane(client, lora.trainable(), optimizer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fedlora.aggregation.base import turns
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.errors import FedloraError
 from fedlora.personal import Kept
@@ -99,7 +100,7 @@ class SequentialEngine:
 
     def personal(self, rule: Aggregator, rnd: Round) -> bool:
         """Whether each client has a model of its own."""
-        return bool(rule.private(rnd) or self.own_objectives)
+        return bool(self.own_objectives) or any(rule.private(now) for now in turns(rnd))
 
     def load(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
         """Load what a client starts from."""
@@ -133,13 +134,16 @@ class SequentialEngine:
         for client in plan.players:
             self.on_start(client)
             try:
-                update = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
+                update, kept = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
             except Exception as error:
                 if not self.leaves_out(error):
                     raise
                 why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
                 self._miss(Absence(client, why, True), rnd, server, rule, error)
                 continue
+            # Not the client's fault where that fails. What is written counts.
+            if kept:
+                self.store.write(client.id, rnd.idx + 1, kept)
             yield update
 
     def _miss(
@@ -154,35 +158,31 @@ class SequentialEngine:
         if absence.reached:
             client = replace(absence.client, last_round=server.received.get(absence.client.id))
             nbytes = rule.distribute(server.adapter, client, rnd).nbytes
-            nbytes += _nbytes(self._download(client))
+            nbytes += _nbytes(self._download(client, self.shared(rule, rnd)))
         self.unanswered_nbytes += nbytes
         self.on_absent(absence, nbytes, error)
 
     def _turn(
         self, client: Client, rnd: Round, server: ServerState, rule: Aggregator, limit: int | None
-    ) -> ClientUpdate:
+    ) -> tuple[ClientUpdate, Kept]:
         began = time.perf_counter()
         start = self.load(client, rnd, server, rule)
         client, trainable = start.client, rule.trainable(rnd)
         self.lora.set_trainable(trainable)
         lane = self.loop.open(client, rnd)
+        shared = self.shared(rule, rnd)
         lane.objectives = self.objectives
-        lane.received, lane.memory = self._download(client), dict(start.kept.memory)
+        lane.received, lane.memory = self._download(client, shared), dict(start.kept.memory)
         if self.objectives or self.own_objectives:
-            lane.anchor = {
-                name: lane.parameters[name].detach().clone() for name in self.shared(rule, rnd)
-            }
+            lane.anchor = {name: lane.parameters[name].detach().clone() for name in shared}
         self._train(lane, rnd, limit)
         trained = self._trained(trainable, client)
         own = start.kept.own
         if self.own_objectives:
-            own = self._train_own(start, server, lane.anchor, rnd, limit, trainable)
+            own = self._train_own(start, server, lane.anchor, rnd, limit, rule)
         payload = rule.upload(start.sent, trained, client, rnd)
-        # Last, when nothing can fail any more: what is written counts.
         kept = Kept(rule.stays(trained, rnd).over(start.kept.adapter), own, lane.memory)
-        if kept:
-            self.store.write(client.id, rnd.idx + 1, kept)
-        return ClientUpdate(
+        update = ClientUpdate(
             client=client,
             sent=start.sent,
             payload=payload,
@@ -192,6 +192,7 @@ class SequentialEngine:
             num_steps=lane.step,
             down_nbytes=start.down_nbytes + _nbytes(lane.received),
         )
+        return update, kept
 
     def _train_own(
         self,
@@ -200,15 +201,17 @@ class SequentialEngine:
         anchor: Mapping[str, Tensor],
         rnd: Round,
         limit: int | None,
-        trainable: frozenset[Part],
+        rule: Aggregator,
     ) -> AdapterState:
-        """Train the client's own model, on the batches of its first lane."""
+        """Train the client's own model, on the batches of its first lane; the whole of it."""
         state = start.kept.own.over(start.state)
         self.lora.load(state.padded(server.adapter.ranks))
         lane = self.loop.open(start.client, rnd)
         lane.objectives, lane.anchor, lane.own = self.own_objectives, anchor, True
         self._train(lane, rnd, limit)
-        return self._trained(trainable, start.client).over(start.kept.own)
+        # With what is trained in other rounds: the server's moves on.
+        ever = {part for now in turns(rnd) for part in rule.trainable(now)}
+        return self._trained(rule.trainable(rnd), start.client).over(state.only(ever))
 
     def _train(self, lane: Lane, rnd: Round, limit: int | None) -> None:
         client = lane.client
@@ -223,9 +226,15 @@ class SequentialEngine:
     def _trained(self, trainable: frozenset[Part], client: Client) -> AdapterState:
         return self.lora.state().only(trainable).cut(client.rank)
 
-    def _download(self, client: Client) -> dict[str, Tensor]:
+    def _download(self, client: Client, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the objectives send to a client beside the adapter."""
-        return {n: t for each in self.objectives for n, t in each.download(client).items()}
+        return {n: t for each in self.objectives for n, t in each.download(client, shared).items()}
+
+    def beside_nbytes(self, client: Client, rule: Aggregator, rnd: Round) -> tuple[int, int]:
+        """Bytes that travel up and down for the objectives beside the adapter."""
+        shared = self.shared(rule, rnd)
+        up = sum(_nbytes(each.sent(shared)) for each in self.objectives)
+        return up, _nbytes(self._download(client, shared))
 
     def shared(self, rule: Aggregator, rnd: Round) -> dict[str, Tensor]:
         """The parameters that clients train and the server averages, by name; not copies."""
@@ -239,7 +248,7 @@ class SequentialEngine:
         """Bytes of the file that a client of some rank keeps, once it has played often enough."""
         state = self.lora.state().cut(rank)
         tensors: dict[str, Tensor] = {}
-        for now in (rnd, replace(rnd, idx=rnd.idx + 1)):  # rules that take turns
+        for now in turns(rnd):
             trained = state.only(rule.trainable(now))
             shared = self.shared(rule, now)
             memory = {n: t for each in self.objectives for n, t in each.remembered(shared).items()}

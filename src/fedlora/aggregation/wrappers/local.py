@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from fedlora.aggregation.base import Aggregator, WeightedMean
+from fedlora.aggregation.base import Aggregator, WeightedMean, turns
 from fedlora.aggregation.wrappers.base import Wrapper
 from fedlora.errors import FedloraError
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Part, Round
@@ -19,8 +19,8 @@ class Local(Wrapper):
 
     A kept tensor is never in what leaves a client nor in what is sent to it. The server's own stays
     the one that the run started from, to the bit, and a client that has not played starts from it.
-    The rule works as if what is kept were not adapted at all, so ``agg/error`` counts it as
-    unchanged and ``exact`` is about the rest.
+    The rule works as if what is kept were not adapted at all: ``exact`` is about the rest, and
+    where a factor is kept ``agg/error`` is empty.
 
     Args:
         rule: what averages the rest; None means FedAvg.
@@ -60,7 +60,7 @@ class Local(Wrapper):
         kept = {name for name in names if self._keeps(name)}
         if not kept:
             raise FedloraError(self._nothing(names))
-        shared = {*self.rule.shared(rnd), *self.rule.shared(replace(rnd, idx=rnd.idx + 1))}
+        shared = {part for now in turns(rnd) for part in self.rule.shared(now)}
         if kept >= {name for name in names if name.split("/", 1)[0] in shared}:
             raise FedloraError(
                 f"{self.name} keeps all that {self.rule.name} shares, so that nothing is averaged. "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.aggregation.base import Aggregator
+from fedlora.aggregation.base import Aggregator, turns
 from fedlora.aggregation.wrappers.base import Wrapper
 from fedlora.errors import FedloraError
 from fedlora.state import AdapterState, ClientUpdate, Round
@@ -222,7 +222,7 @@ def _check_rule(wrapper: ServerOptimizer) -> None:
             f"{wrapper.name} cannot be: {rule.name} {reasons[rule.factors]}. Put "
             f"{type(wrapper).__name__} around FedAvg, FFALoRA or RoLoRA, or use {rule.name} alone."
         )
-    if not any(rule.shared(Round(idx)) for idx in (0, 1)):
+    if not any(rule.shared(now) for now in turns(Round(0))):
         raise FedloraError(
             f"{wrapper.name} cannot be: under {rule.name} nothing is averaged, so there is no step "
             f"to take. Put {type(wrapper).__name__} around FedAvg, or use {rule.name} alone."
