@@ -38,6 +38,10 @@ class SCAFFOLD(Objective):
         self._sum: dict[str, Tensor] = {}
         self._num_clients = 1
 
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Forget another run's c; a run that goes on gets its own back after this."""
+        self.control = {}
+
     def check(self, setting: Setting) -> None:
         """Refuse whatever makes (x - y) / (T eta) another thing than a mean gradient."""
         check_averaged("SCAFFOLD", setting)

@@ -46,6 +46,11 @@ class ServerOptimizer(Wrapper):
         self.exact = False
         self._memory: dict[str, Memory] = {}
 
+    def start(self, server: AdapterState, base: Mapping[str, Tensor], rnd: Round) -> AdapterState:
+        """As the rule starts; what another run left is forgotten."""
+        self._memory = {}
+        return super().start(server, base, rnd)
+
     @abstractmethod
     def direction(self, change: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """Where to go for a change, and what to remember instead; edits nothing.
