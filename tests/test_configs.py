@@ -46,6 +46,8 @@ def test_a_config_runs(
         "--trainer.max_rounds=1",
         "--trainer.limit_train_batches=1",
         "--data.num_clients=2",
+        "--data.val_fraction=0.05",
+        "--data.test_fraction=0.05",
         # A local folder in the hub's layout in the place of the hub's model.
         f"--model.model_name={resolve('tiny-clip')}",
     ]

@@ -22,7 +22,8 @@ from fedlora.callbacks.base import FederatedCallback
 from fedlora.errors import CheckpointError
 from tests.runs import assert_same_bits, fingerprint, fit
 
-RULES = [FedAvg, FedExLoRA, FedSALoRA]
+# FedExLoRA's state has all that FedAvg's has.
+RULES = [pytest.param(FedAvg, marks=pytest.mark.slow), FedExLoRA, FedSALoRA]
 
 
 class Killed(BaseException):
@@ -139,7 +140,10 @@ def test_kill_9_and_the_command_line(tmp_path: Path, rule: type[Aggregator]) -> 
     )
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_polite_end_says_how_to_go_on(tmp_path: Path, number: int, code: int) -> None:
     command = [
         *(sys.executable, "-m", "fedlora", "fit", "--config", "clip_lora.yaml"),
