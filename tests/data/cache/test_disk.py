@@ -416,7 +416,7 @@ def _check(source, pictures):
 
 
 def test_killed_while_reading(source, folder, commit_always):
-    source.pause = 0.005
+    source.pause = 0.03  # long enough to be killed before the last picture
     for least in (5, 15, 30):
         child = in_child(lambda: opened(source, folder))
         until(lambda least=least: len(_recorded(folder)) >= least)
