@@ -17,9 +17,33 @@ from fedlora import (
     LoRAConfig,
 )
 from fedlora.aggregation import Aggregator
+from fedlora.callbacks.base import FederatedCallback
 from fedlora.checkpoint import load
+from fedlora.data import Digits
 from fedlora.personal import ClientStore
 from fedlora.run_folder import RunFolder
+
+# Little of everything: for tests of what happens, not of how good it gets.
+QUICK = {
+    "source": Digits(test_fraction=0.02),
+    "batch_size": 8,
+    "val_fraction": 0.02,
+    "client_val_fraction": 0.02,
+}
+
+
+class Killed(BaseException):
+    """Stands for a kill inside this process: nothing catches it."""
+
+
+class KillAtClient(FederatedCallback):
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def on_client_end(self, *args: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
 
 
 def make_model(**settings: Any) -> CLIPLoRAClassifier:

@@ -18,18 +18,18 @@ from fedlora.aggregation import Aggregator, FedAvgM, FedSALoRA, LocalHead
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.ditto import Ditto
 from fedlora.checkpoint import load
-from fedlora.data import Digits
 from fedlora.personal import ClientStore
 from fedlora.sampling import Sampling
 from fedlora.state import AdapterState
-from tests.runs import assert_same_bits, fingerprint, make_data, make_model, make_trainer, rows
-
-QUICK = {
-    "source": Digits(test_fraction=0.02),
-    "batch_size": 8,
-    "val_fraction": 0.02,
-    "client_val_fraction": 0.02,
-}
+from tests.runs import (
+    QUICK,
+    assert_same_bits,
+    fingerprint,
+    make_data,
+    make_model,
+    make_trainer,
+    rows,
+)
 
 
 def play(

@@ -49,7 +49,16 @@ from fedlora.rounds import Rounds
 from fedlora.run_folder import CHECKPOINTS, RunFolder
 from fedlora.sampling import derive_seed
 from fedlora.state import AdapterState, ServerState
-from tests.runs import assert_same_bits, fingerprint, make_data, make_model, make_trainer, rows
+from tests.runs import (
+    KillAtClient,
+    Killed,
+    assert_same_bits,
+    fingerprint,
+    make_data,
+    make_model,
+    make_trainer,
+    rows,
+)
 
 SGD = partial(torch.optim.SGD, lr=0.05)
 ADAMW = partial(torch.optim.AdamW, lr=5e-3)
@@ -127,20 +136,6 @@ class Watch(FederatedCallback):
         found = {f"own/{name}" if own else name: value for name, value in ended.items()}
         found |= {f"memory/{name}": value for name, value in trainer.lane.memory.items()}
         self.ends[trainer.server.round_idx, update.client.id] = found
-
-
-class Killed(BaseException):
-    """Stands for a kill inside this process: nothing catches it."""
-
-
-class KillAtClient(FederatedCallback):
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def on_client_end(self, *args: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
 
 
 def make(

@@ -11,25 +11,19 @@ from peft import PeftModel
 
 from fedlora import LoRAConfig
 from fedlora.aggregation import RULES
-from fedlora.callbacks.base import FederatedCallback
 from fedlora.data import Digits
 from fedlora.modules.loading import load_clip
 from fedlora.trainer import FederatedTrainer
-from tests.runs import assert_same_bits, fingerprint, fit, make_data, make_model, make_trainer
-
-
-class Killed(BaseException):
-    """Stands for a kill inside this process: nothing catches it."""
-
-
-class KillAtClient(FederatedCallback):
-    def __init__(self, n: int) -> None:
-        self.left = n
-
-    def on_client_end(self, *args: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
+from tests.runs import (
+    KillAtClient,
+    Killed,
+    assert_same_bits,
+    fingerprint,
+    fit,
+    make_data,
+    make_model,
+    make_trainer,
+)
 
 
 def play(root: Path, name: str, **settings: Any) -> FederatedTrainer:

@@ -45,7 +45,11 @@ class Kept:
         """Bytes of the file that holds it."""
         from safetensors.torch import save
 
-        return len(save({name: t.contiguous().clone() for name, t in self.tensors()}))
+        return len(save(self.copies()))
+
+    def copies(self) -> dict[str, Tensor]:
+        """Every tensor by name, apart: no file can hold tensors that share memory."""
+        return {name: tensor.contiguous().clone() for name, tensor in self.tensors()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Kept:
@@ -122,8 +126,7 @@ class ClientStore:
         path = self.path(client_id, version)
         with clear_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        # Copies: no file can hold tensors that share memory.
-        tensors = {name: tensor.contiguous().clone() for name, tensor in kept.tensors()}
+        tensors = kept.copies()
         write_atomically(path, lambda file: save_file(tensors, file))
         self._written[client_id] = version
 

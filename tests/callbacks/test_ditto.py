@@ -28,18 +28,10 @@ from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.ditto import Ditto
 from fedlora.callbacks.objective import Setting, check_objectives
 from fedlora.callbacks.proximal import FedProx
-from fedlora.data import Digits
 from fedlora.engines.local import Lane, LocalLoop
 from fedlora.state import AdapterState, Client, Round
 from tests.engines.test_local import Line, batches, sgd
-from tests.runs import fit
-
-QUICK = {
-    "source": Digits(test_fraction=0.02),
-    "batch_size": 8,
-    "val_fraction": 0.02,
-    "client_val_fraction": 0.02,
-}
+from tests.runs import QUICK, fit
 
 
 def play(root: Path, rule: Aggregator | None = None, **settings: Any) -> FederatedTrainer:

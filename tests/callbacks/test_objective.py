@@ -20,7 +20,6 @@ from fedlora.callbacks.ditto import Ditto
 from fedlora.callbacks.objective import Objective, check_objectives
 from fedlora.callbacks.proximal import FedProx
 from fedlora.callbacks.scaffold import SCAFFOLD
-from fedlora.data import Digits
 from fedlora.engines.local import Lane, LocalLoop
 from fedlora.errors import CheckpointError
 from fedlora.modules.report import readable
@@ -28,15 +27,17 @@ from fedlora.round_lr import RoundLR
 from fedlora.sampling import Sampling
 from fedlora.state import Client, Round
 from tests.engines.test_local import Line, batches, sgd
-from tests.runs import assert_same_bits, fingerprint, make_data, make_model, make_trainer, rows
+from tests.runs import (
+    QUICK,
+    assert_same_bits,
+    fingerprint,
+    make_data,
+    make_model,
+    make_trainer,
+    rows,
+)
 
 FABRIC = Fabric(accelerator="cpu", devices=1)
-QUICK = {
-    "source": Digits(test_fraction=0.02),
-    "batch_size": 8,
-    "val_fraction": 0.02,
-    "client_val_fraction": 0.02,
-}
 
 
 def play(

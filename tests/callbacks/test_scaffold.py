@@ -30,19 +30,12 @@ from fedlora.aggregation import (
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.objective import Setting
 from fedlora.callbacks.scaffold import SCAFFOLD
-from fedlora.data import Digits
 from fedlora.engines.local import Lane, LocalLoop
 from fedlora.sampling import Sampling
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Round
 from tests.engines.test_local import Line, batches, sgd
-from tests.runs import make_data, make_model, make_trainer, rows
+from tests.runs import QUICK, make_data, make_model, make_trainer, rows
 
-QUICK = {
-    "source": Digits(test_fraction=0.02),
-    "batch_size": 8,
-    "val_fraction": 0.02,
-    "client_val_fraction": 0.02,
-}
 KEY = "control/other/w"
 FABRIC = Fabric(accelerator="cpu", devices=1)
 SGD = partial(torch.optim.SGD, lr=0.05)

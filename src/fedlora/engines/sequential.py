@@ -115,7 +115,7 @@ class SequentialEngine:
         self.lora.load(state.padded(server.adapter.ranks))
 
     def _start(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
-        client = replace(client, last_round=server.received.get(client.id))
+        client = _known(client, server)
         down = rule.distribute(server.adapter, client, rnd)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
@@ -156,7 +156,7 @@ class SequentialEngine:
     ) -> None:
         nbytes = 0
         if absence.reached:
-            client = replace(absence.client, last_round=server.received.get(absence.client.id))
+            client = _known(absence.client, server)
             nbytes = rule.distribute(server.adapter, client, rnd).nbytes
             nbytes += _nbytes(self._download(client, self.shared(rule, rnd)))
         self.unanswered_nbytes += nbytes
@@ -255,6 +255,11 @@ class SequentialEngine:
             own = trained if self.own_objectives else AdapterState()
             tensors |= dict(Kept(rule.stays(trained, now), own, memory).tensors())
         return Kept.from_tensors(tensors).nbytes() if tensors else 0
+
+
+def _known(client: Client, server: ServerState) -> Client:
+    """The client with the round in which it was last sent anything."""
+    return replace(client, last_round=server.received.get(client.id))
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:
