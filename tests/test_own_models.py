@@ -43,6 +43,7 @@ from fedlora.callbacks.ditto import Ditto
 from fedlora.callbacks.scaffold import SCAFFOLD
 from fedlora.checkpoint import load
 from fedlora.data import Digits
+from fedlora.distributed.world import World
 from fedlora.modules.loading import load_clip
 from fedlora.personal import ClientStore, Kept, Storage
 from fedlora.rounds import Rounds
@@ -536,7 +537,8 @@ def test_a_long_run_never_takes_more_than_announced(
     trainer = MagicMock(config=None, should_stop=False)
     trainer.hooks.state_dict.return_value = {}
     trainer.averaging.aggregator.state_dict.return_value = {}
-    engine: Any = SimpleNamespace(store=ClientStore(run.clients), lora=MagicMock())
+    store = ClientStore(run.clients)
+    engine: Any = SimpleNamespace(store=store, lora=MagicMock(), world=World())
     rounds = Rounds(trainer, run, engine, [])
     storage = Storage(kept.nbytes(), 8, 1, 10**9)
     server, nbytes = ServerState(AdapterState()), []
@@ -544,7 +546,7 @@ def test_a_long_run_never_takes_more_than_announced(
         client = derive_seed(number) % 8
         engine.store.write(client, number, kept)
         nbytes.append(sum(sizes(run).values()))
-        versions = engine.store.take_versions(server.versions)
+        versions = {**server.versions, **engine.store.take_noted()}
         server = replace(server, versions=versions, round_idx=number)
         best = number in (10, 30)
         trainer.call = lambda hook, *_, best=best: (

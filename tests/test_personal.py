@@ -64,12 +64,12 @@ def test_the_version_that_is_named_is_read(store):
 
 def test_a_round_that_is_played_again_reads_what_the_first_try_read(store):
     store.write(0, 1, kept(10))
-    versions = store.take_versions({})
+    versions = store.take_noted()
     store.write(0, 2, kept(99))  # the process is killed before its checkpoint
     again = ClientStore(store.folder)
     assert values(again.read(0, versions)) == [10.0]
     again.write(0, 2, kept(20))
-    assert again.take_versions(versions) == {0: 2}
+    assert {**versions, **again.take_noted()} == {0: 2}
     assert values(again.read(0, {0: 2})) == [20.0]
 
 
@@ -77,9 +77,9 @@ def test_versions_are_taken_once(store):
     store.write(0, 3, kept(1))
     store.write(2, 3, kept(1))
     before = {0: 1, 1: 2}
-    assert store.take_versions(before) == {0: 3, 1: 2, 2: 3}
+    assert {**before, **store.take_noted()} == {0: 3, 1: 2, 2: 3}
     assert before == {0: 1, 1: 2}
-    assert store.take_versions(before) == before
+    assert {**before, **store.take_noted()} == before
 
 
 def test_prune_keeps_exactly_what_is_named(store):
@@ -145,7 +145,7 @@ def test_a_damaged_file_is_one_clear_line(store, damage):
 
 def test_a_failed_write_leaves_the_old_version(store, monkeypatch):
     store.write(0, 1, kept(10))
-    store.take_versions({})
+    store.take_noted()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -155,7 +155,7 @@ def test_a_failed_write_leaves_the_old_version(store, monkeypatch):
         store.write(0, 1, kept(99))
     assert values(store.read(0, {0: 1})) == [10.0]
     assert files(store) == ["0/1.safetensors"]
-    assert store.take_versions({}) == {}  # what was not written is not in force
+    assert store.take_noted() == {}  # what was not written is not in force
 
 
 def test_an_unwritable_folder_is_one_clear_line(store, monkeypatch):

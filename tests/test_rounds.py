@@ -8,6 +8,7 @@ import torch
 
 from fedlora import artefacts
 from fedlora.checkpoint import Checkpoint, load, save
+from fedlora.distributed.world import World
 from fedlora.errors import CheckpointError
 from fedlora.personal import ClientStore, Kept
 from fedlora.rounds import Rounds
@@ -42,7 +43,7 @@ def rounds(run, monkeypatch):
     rounds.run, rounds.rule, rounds.identity = run, MagicMock(), {}
     rounds.trainer = MagicMock(config=None)
     rounds.engine = SimpleNamespace(store=ClientStore(run.clients), lora=MagicMock())
-    rounds.saves = Saves(run, rounds.engine.store)
+    rounds.saves, rounds.world = Saves(run, rounds.engine.store), World()
     return rounds
 
 

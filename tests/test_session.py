@@ -7,6 +7,7 @@ import pytest
 
 from fedlora import session
 from fedlora.checkpoint import Checkpoint, load, save
+from fedlora.distributed.world import World
 from fedlora.run_folder import RunFolder
 from fedlora.state import AdapterState, ServerState
 
@@ -30,7 +31,9 @@ def run(tmp_path):
 def reopen(run):
     said: list[str] = []
     progress = SimpleNamespace(say=said.append)
-    trainer = SimpleNamespace(default_root_dir=run.path.parent, progress=progress, run=None)
+    trainer = SimpleNamespace(
+        default_root_dir=run.path.parent, progress=progress, run=None, world=World()
+    )
     opened, saved = session._open(trainer, str(run.path))
     opened.unlock()
     return saved.server.round_idx, said

@@ -370,8 +370,13 @@ def test_more_clients_a_round_than_clients_is_refused(tmp_path: Path) -> None:
         ({"local_steps": 0}, "trainer.local_steps must be at least 1"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val must be above 0"),
         ({"callbacks": [RoundCheckpoint(), RoundCheckpoint()]}, "at most one RoundCheckpoint"),
-        ({"devices": 2}, "this version runs on one device"),
-        ({"strategy": "ddp"}, "this version runs on one device"),
+        ({"devices": 0}, "trainer.devices must be at least 1 or auto, got 0"),
+        ({"num_nodes": 0}, "trainer.num_nodes must be at least 1"),
+        ({"timeout": 0.0}, "trainer.timeout must be above 0"),
+        ({"strategy": "dp"}, "should be one of auto, clients, ddp but got 'dp'"),
+        ({"strategy": "fsdp"}, "strategy=fsdp spreads a model's weights over devices, for"),
+        ({"strategy": "deepspeed_stage_2"}, "the base is frozen and each device holds it whole"),
+        ({"strategy": "ddp", "on_client_error": "skip"}, "does not go with strategy=ddp"),
     ],
 )
 def test_settings_are_checked_in_the_constructor(settings: dict, message: str) -> None:

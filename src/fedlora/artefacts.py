@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fedlora.checkpoint import versions
-from fedlora.engines.evaluate import batches_on, spread
+from fedlora.engines.evaluate import in_turns, spread
 from fedlora.export import export_adapter
 from fedlora.files import write_csv, write_json
 
@@ -104,7 +105,7 @@ def write_client_scores(rounds: Rounds) -> dict[str, float | None]:
     """
     trainer = rounds.trainer
     scores = rounds.evaluate_clients(rounds.clients, trainer.server, "test")
-    if not scores:
+    if not scores:  # as on any rank but 0
         return {}
     columns = ("id", "name", "samples", "played", "test_rows", "acc", "loss")
     write_csv(
@@ -121,26 +122,27 @@ def write_client_scores(rounds: Rounds) -> dict[str, float | None]:
 
 @torch.no_grad()
 def write_predictions(trainer: FederatedTrainer, path: Path) -> int:
-    """Write a row for every picture to predict; returns how many.
+    """Write a row for every picture to predict, on rank 0; returns how many.
 
     ``index``: its row in the source; ``picture``: what the source calls it; ``label``: the class
     predicted; ``probability``: that of this class; ``truth``: the class that it has.
     """
-    module = trainer.lightning_module
-    names = trainer.datamodule.class_names
+    module, data = trainer.lightning_module, trainer.datamodule
+    names = data.class_names
     module.eval()
 
+    def step(batch: dict[str, Tensor], number: int) -> dict[str, Tensor]:
+        return {**module.predict_step(batch, number), "label": batch["label"]}
+
     def rows() -> Iterator[tuple[int, str, str, float, str]]:
-        for number, batch in enumerate(
-            batches_on(trainer.fabric, trainer.datamodule.predict_dataloader())
-        ):
-            with trainer.fabric.autocast():
-                out = module.predict_step(batch, number)
+        for out in in_turns(trainer.fabric, data.predict_dataloader(), step, trainer.world):
             index, best = out["index"].cpu(), out["probs"].max(1)
-            keys, truths = trainer.datamodule.keys(index), batch["label"]
+            keys, truths = data.keys(index), out["label"]
             columns = index, keys, best.indices, best.values, truths
             for row, key, label, value, truth in zip(*columns, strict=True):
                 probability = round(float(value), 6)
                 yield int(row), key, names[int(label)], probability, names[int(truth)]
 
+    if not trainer.world.is_zero:
+        return len(list(rows()))
     return write_csv(path, ("index", "picture", "label", "probability", "truth"), rows())

@@ -26,6 +26,7 @@ FREE = (
     "trainer.strategy",
     "trainer.lanes",
     "trainer.threads",
+    "trainer.timeout",
     "trainer.logger",
     "trainer.progress",
     "trainer.default_root_dir",
@@ -78,10 +79,21 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     """
     import torch
 
+    content = {"format": FORMAT, "versions": versions(), **to_dict(checkpoint)}
+
+    def write(file: Path) -> None:
+        torch.save(content, file)
+        _seal(file)
+        if path.stem == "last" and path.exists():
+            keep_as(path, path.with_name("previous.ckpt"))
+
+    write_atomically(path, write)
+
+
+def to_dict(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Tensors, dicts, lists and numbers only."""
     server = checkpoint.server
-    content = {
-        "format": FORMAT,
-        "versions": versions(),
+    return {
         "round_idx": server.round_idx,
         "adapter": server.adapter.to_dict(),
         "client_versions": dict(server.versions),
@@ -94,13 +106,20 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
         "config": checkpoint.config,
     }
 
-    def write(file: Path) -> None:
-        torch.save(content, file)
-        _seal(file)
-        if path.stem == "last" and path.exists():
-            keep_as(path, path.with_name("previous.ckpt"))
 
-    write_atomically(path, write)
+def from_dict(content: Mapping[str, Any]) -> Checkpoint:
+    """The inverse of :func:`to_dict`."""
+    server = ServerState(
+        AdapterState.from_dict(content["adapter"]),
+        content["round_idx"],
+        content["client_versions"],
+        content["client_received"],
+        tuple(content["history"]),
+        content["finished"],
+    )
+    return Checkpoint(
+        server, content["rule"], content["callbacks"], content["identity"], content["config"]
+    )
 
 
 def keep_as(path: Path, copy: Path) -> None:
@@ -138,21 +157,7 @@ def load(path: Path) -> Checkpoint:
                 f"{path} has format {found}, this version reads {FORMAT}. Use the version of "
                 f"fedlora that wrote it ({content['versions']['fedlora']})."
             )
-        server = ServerState(
-            AdapterState.from_dict(content["adapter"]),
-            content["round_idx"],
-            content["client_versions"],
-            content["client_received"],
-            tuple(content["history"]),
-            content["finished"],
-        )
-        return Checkpoint(
-            server,
-            content["rule"],
-            content["callbacks"],
-            content["identity"],
-            content["config"],
-        )
+        return from_dict(content)
     except CheckpointError:
         raise
     except Exception as error:  # torch.load fails with many types on damaged bytes

@@ -15,6 +15,14 @@ class DependencyError(FedloraError, ImportError):
     """A package that fedlora is built on is missing or too old."""
 
 
+class LostError(FedloraError):
+    """Another process of the run is gone, or does not answer."""
+
+
+class ElsewhereError(FedloraError):
+    """This process ends by an error that rank 0 was told of, which prints it."""
+
+
 class UsageError(Exception):
     """A wrong command line; exit code 2."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,8 +26,7 @@ def load_for_evaluation(
     if ckpt_path is None:
         trainer.progress.say("no ckpt_path: this is the model before any training.")
         return None
-    run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
-    saved = checkpoint.load(run.checkpoint(which))
+    run, saved = _read(trainer, ckpt_path)
     if trainer.lightning_module.lora is None:
         raise FedloraError("the model is not built yet.")
     checkpoint.check_classes(saved, trainer.datamodule.class_names)
@@ -39,11 +39,24 @@ def load_for_evaluation(
     return run, saved
 
 
+def _read(trainer: FederatedTrainer, ckpt_path: str) -> tuple[RunFolder, checkpoint.Checkpoint]:
+    """Rank 0 reads it; the others may not see the disk."""
+    found = None
+    if trainer.world.is_zero:
+        run, which = RunFolder.of(ckpt_path, trainer.default_root_dir)
+        found = run, checkpoint.load(run.checkpoint(which))
+    path, content = trainer.world.share(
+        lambda: [str(found[0].path), checkpoint.to_dict(found[1])] if found else []
+    )
+    return found or (RunFolder(Path(path)), checkpoint.from_dict(content))
+
+
 def predict(trainer: FederatedTrainer, ckpt_path: str | None) -> Path:
     """Write the predictions beside the checkpoint, or under the root without one."""
     loaded = load_for_evaluation(trainer, ckpt_path)
     path = loaded[0].predictions if loaded else trainer.default_root_dir / "predictions.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if trainer.world.is_zero:
+        path.parent.mkdir(parents=True, exist_ok=True)
     count = artefacts.write_predictions(trainer, path)
     trainer.progress.say(f"{count} predictions are in {path}")
     return path
@@ -56,7 +69,8 @@ def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, flo
     testing = trainer.state.fn == TrainerFn.TESTING
     trainer.call(f"on_{'test' if testing else 'validation'}_start")
     split: Literal["val", "test"] = "test" if testing else "val"
-    scores = evaluate_split(trainer.fabric, model, data, split, per_class=testing)
+    scores = evaluate_split(trainer.fabric, model, data, split, testing, trainer.world)
+    scores = replace(scores, values=trainer.world.share(lambda: dict(scores.values)))
     if not scores.values:
         where = "testing" if testing else "validation"
         raise FedloraError(
@@ -65,7 +79,8 @@ def evaluated(trainer: FederatedTrainer, ckpt_path: str | None) -> dict[str, flo
         )
     values = scores.defined()
     if loaded is not None:
-        values |= _of_clients(trainer, *loaded, split)
+        of_clients = _of_clients(trainer, *loaded, split)
+        values |= trainer.world.share(lambda: of_clients)
     trainer.callback_metrics = {name: torch.tensor(value) for name, value in values.items()}
     trainer.call(f"on_{'test' if testing else 'validation'}_end")
     shown = dict.fromkeys([*scores.values, *values])

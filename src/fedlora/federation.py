@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedlora.callbacks.objective import Setting, check_objectives
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
+from fedlora.engines.parallel import ClientParallelEngine
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError
 from fedlora.personal import ClientStore
@@ -86,8 +87,9 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
         return trainer.on_client_error == "skip" and not isinstance(error, CheckpointError)
 
     def on_absent(absence: Absence, nbytes: int, error: Exception | None) -> None:
-        trainer.rounds.miss(absence, nbytes, error)
+        trainer.rounds.cohort.miss(absence, nbytes, error)
 
+    rows = trainer.world.size > 1 and trainer.spread == "ddp"
     loop = LocalLoop(
         trainer.fabric,
         trainer.lightning_module,
@@ -98,14 +100,18 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
         limit_batches=trainer.limit_train_batches,
         lr_factor=lambda idx: trainer.round_lr.factor(idx, trainer.max_rounds),
         on_batch=on_batch,
+        rows_over=trainer.world if rows else None,
     )
-    engine = SequentialEngine(
+    # Where all train the same client, one of them writes what stays with it.
+    store = ClientStore(run.clients, writes=not rows or trainer.world.is_zero)
+    engine = (SequentialEngine if rows else ClientParallelEngine)(
         loop,
         trainer.datamodule,
-        ClientStore(run.clients),
+        store,
         trainer.objectives,
         on_start,
         on_absent,
         leaves_out,
+        trainer.world,
     )
     return Rounds(trainer, run, engine, clients)

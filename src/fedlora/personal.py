@@ -109,26 +109,34 @@ class ClientStore:
 
     Args:
         folder: where the versions are kept.
+        writes: False where another process writes the same.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, writes: bool = True) -> None:
         self.folder = folder
-        self._written: dict[int, int] = {}
+        self.writes = writes
+        self._noted: dict[int, int] = {}
 
     def path(self, client_id: int, version: int) -> Path:
         """The file of one version."""
         return self.folder / str(client_id) / f"{version}.safetensors"
 
     def write(self, client_id: int, version: int, kept: Kept) -> None:
-        """Keep what is a client's; it is in force once :meth:`take_versions` was committed."""
+        """Keep what is a client's; it is in force once :meth:`take_noted` was committed."""
         from safetensors.torch import save_file
 
+        if not self.writes:
+            return
         path = self.path(client_id, version)
         with clear_os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         tensors = kept.copies()
         write_atomically(path, lambda file: save_file(tensors, file))
-        self._written[client_id] = version
+        self.note(client_id, version)
+
+    def note(self, client_id: int, version: int) -> None:
+        """Take note of a version that was written, by this process or another."""
+        self._noted[client_id] = version
 
     def read(self, client_id: int, versions: Mapping[int, int]) -> Kept:
         """What the client keeps, as is in force; nothing where it has none.
@@ -150,11 +158,10 @@ class ClientStore:
                 "that file, or start a new run."
             ) from error
 
-    def take_versions(self, versions: Mapping[int, int]) -> dict[int, int]:
-        """``versions`` with what was written since the last call."""
-        merged = {**versions, **self._written}
-        self._written = {}
-        return merged
+    def take_noted(self) -> dict[int, int]:
+        """Client id -> version of what was noted since the last call."""
+        noted, self._noted = self._noted, {}
+        return noted
 
     def remove(self, versions: Iterable[tuple[int, int]]) -> None:
         """Delete versions, each client id and version."""

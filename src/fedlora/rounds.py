@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from fedlora import artefacts, checkpoint, identity
-from fedlora.aggregation.meter import AggregationMeter, Figures
 from fedlora.callbacks.base import Row
+from fedlora.cohort import Cohort, share_adapter
 from fedlora.engines.evaluate import (
     ClientScore,
     evaluate_clients,
     evaluate_split,
     spread,
 )
-from fedlora.errors import CheckpointError, FedloraError
+from fedlora.errors import CheckpointError
 from fedlora.personal import Storage
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import Absence, Plan, choose, plan
 from fedlora.saves import Saves
-from fedlora.state import AdapterState, Client, ClientUpdate, Round, ServerState
-from fedlora.tally import Tally
+from fedlora.state import Client, Round, ServerState
 
 if TYPE_CHECKING:
     from fedlora.engines.sequential import SequentialEngine
@@ -58,6 +56,8 @@ class Rounds:
         self.clients = clients
         self.rule = trainer.averaging.aggregator
         self.run = run
+        self.world = engine.world
+        self.cohort = Cohort(trainer, engine)
         self.identity = identity.of(trainer, engine, clients)
         self.saves = Saves(run, engine.store)
 
@@ -90,19 +90,19 @@ class Rounds:
 
     def prepare(self) -> None:
         """Let the rule make the adapter that a new run starts from."""
-        lora = self.engine.lora
-        server = self.rule.start(lora.state(), lora.base_weights(), self.round(0))
+        lora, server = self.engine.lora, None
+        if self.world.is_zero:
+            server = self.rule.start(lora.state(), lora.base_weights(), self.round(0))
+        server = share_adapter(self.world, server)
         lora.load(server)
         self.trainer.server = ServerState(server)
 
     def start(self) -> None:
         """Begin a new run: the untrained model is evaluated as row 0 and saved."""
         state = self.trainer.server
-        row: dict[str, float | None] = {
-            "round": 0,
-            **self._evaluate(state, choose(self.clients, self.round(0))),
-        }
-        row.update(self.test().values)
+        values = self._evaluate(state, choose(self.clients, self.round(0)))
+        values = {"round": 0, **values, **self.test().values}
+        row = self.world.share(lambda: values)
         self._commit(replace(state, history=(row,)), row)
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
@@ -122,7 +122,8 @@ class Rounds:
         self.trainer.hooks.load_state_dict(dict(saved.callbacks))
         self.trainer.server = saved.server
         self.engine.lora.load(saved.server.adapter)
-        self.saves.reopen()
+        if self.world.is_zero:
+            self.saves.reopen()
 
     def play(self) -> None:
         """Play the next round; where it breaks off the model is as before it."""
@@ -141,20 +142,22 @@ class Rounds:
             planned = self._void(planned, rnd)
         trainer.call("on_train_epoch_start")
         trainer.call("on_round_start", rnd, planned.players)
-        adapter, tally, report = self._average(planned, rnd)
+        averaged = self.cohort.average(planned, rnd)
+        adapter, report = averaged.adapter, averaged.report
         reached = [*planned.players, *(each.client for each in planned.absent if each.reached)]
         state = replace(
             server,
             adapter=adapter,
             round_idx=rnd.idx + 1,
-            versions=self.engine.store.take_versions(server.versions),
+            versions={**server.versions, **averaged.versions},
             received={**server.received, **{client.id: rnd.idx for client in reached}},
         )
         trainer.call("on_aggregate", server.adapter, adapter, report)
         due = state.round_idx % trainer.val_every_n_rounds == 0
         if due or state.round_idx == trainer.max_rounds:
-            report |= self._evaluate(state, tally.clients)
-        row = {**report, "time/round_s": time.perf_counter() - began}
+            answered = set(averaged.answered)
+            report |= self._evaluate(state, [c for c in planned.players if c.id in answered])
+        row = self.world.share(lambda: {**report, "time/round_s": time.perf_counter() - began})
         self._commit(replace(state, history=(*server.history, row)), row)
 
     def _void(self, planned: Plan, rnd: Round) -> Plan:
@@ -166,75 +169,32 @@ class Rounds:
         left = tuple(Absence(client, TOO_FEW, True) for client in planned.players)
         return Plan((), {}, (*planned.absent, *left))
 
-    def _average(
-        self, planned: Plan, rnd: Round
-    ) -> tuple[AdapterState, Tally, dict[str, float | None]]:
-        """Play the clients, and load what becomes of the adapter into the model."""
-        trainer, server = self.trainer, self.trainer.server
-        meter = AggregationMeter()
-        self.tally = tally = Tally(rnd, trainer.min_clients if planned.players else 0)
-        with closing(self.engine.play(planned, rnd, server, self.rule)) as updates:
-            seen = tally.watch(meter.watch(self._announce(updates)))
-            adapter = trainer.averaging.average(server.adapter, seen, rnd)
-            for _ in seen:  # a rule that stops early must still let every client train
-                pass
-        _check_finite(adapter, rnd)
-        self.engine.lora.load(adapter)
-        own = self.rule.stays(adapter, rnd)
-        # There is no one average of layers that are the clients' own.
-        figures = Figures() if own.A or own.B else meter.figures(adapter)
-        return (
-            adapter,
-            tally,
-            {
-                "round": rnd.idx + 1,
-                "train/loss": tally.loss,
-                "clients/answered": len(tally.clients),
-                "comm/up_bytes": tally.up,
-                "comm/down_bytes": tally.down + self.engine.unanswered_nbytes,
-                "agg/error": figures.error,
-                "agg/effective_rank": figures.effective_rank,
-                "clients/drift_mean": figures.drift_mean,
-                "clients/drift_max": figures.drift_max,
-            },
-        )
-
-    def miss(self, absence: Absence, nbytes: int, error: Exception | None) -> None:
-        """Take note of a client that does not answer."""
-        if error is not None:
-            self.trainer.progress.say_left_out(absence, error)
-        self.tally.miss(absence, error)  # last: it forgets where the error is from
-        self.trainer.call("on_client_absent", absence, nbytes)
-
-    def _announce(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
-        for update in updates:
-            self.trainer.call("on_client_end", update)
-            yield update
-
     def _evaluate(
         self, state: ServerState, participants: Sequence[Client]
     ) -> dict[str, float | None]:
-        """Metrics of the server's validation split and of clients' own."""
-        loop = self.engine.loop
-        row = evaluate_split(loop.fabric, loop.module, self.engine.data, "val").values
+        """Metrics of the server's validation split and of clients' own; on rank 0."""
+        values = self._evaluate_split("val").values
         which = self.trainer.val_clients
         chosen = participants if which == "participants" else self.clients
         if isinstance(which, int):
             chosen = choose(self.clients, replace(self.round(0), cohort=which))
         scores = self.evaluate_clients(chosen, state)
-        return {**row, **spread(scores, "clients/")}
+        return {**values, **spread(scores, "clients/")}
 
     def evaluate_clients(
         self, clients: Sequence[Client], state: ServerState, split: Literal["val", "test"] = "val"
     ) -> dict[int, ClientScore]:
-        """How each client does on its own rows, with the model that it uses."""
+        """How each client does on its own rows, with the model that it uses; on rank 0."""
         rnd = self.round(state.round_idx)
         return evaluate_clients(self.engine, clients, rnd, state, self.rule, split)
 
     def test(self, per_class: bool = False) -> Scores:
-        """Metrics of the test split of the model as it is loaded."""
-        loop = self.engine.loop
-        return evaluate_split(loop.fabric, loop.module, self.engine.data, "test", per_class)
+        """Metrics of the test split of the model as it is loaded; on rank 0."""
+        return self._evaluate_split("test", per_class)
+
+    def _evaluate_split(self, split: Literal["val", "test"], per_class: bool = False) -> Scores:
+        loop, data = self.engine.loop, self.engine.data
+        return evaluate_split(loop.fabric, loop.module, data, split, per_class, self.world)
 
     def _commit(self, state: ServerState, row: Row) -> None:
         """Let callbacks judge the row, save, and tell everyone that the round is over."""
@@ -248,6 +208,7 @@ class Rounds:
         if state.round_idx:
             trainer.call("on_train_epoch_end")
         trainer.call("on_round_evaluated", row)
+        trainer.should_stop = self.world.any(trainer.should_stop)
         if trainer.should_stop:
             trainer.server = replace(state, finished="a callback asked to stop")
         self._save()
@@ -258,25 +219,19 @@ class Rounds:
         self._derive(self.trainer.server.history[-1])
 
     def _derive(self, row: Row) -> None:
-        artefacts.export(self, self.run.adapter, self.trainer.server.adapter)
+        if self.world.is_zero:
+            artefacts.export(self, self.run.adapter, self.trainer.server.adapter)
         self.trainer.call("on_round_end", row)
-        self.saves.prune()
+        if self.world.is_zero:
+            self.saves.prune()
 
     def _save(self) -> None:
         trainer = self.trainer
+        if not self.world.is_zero:
+            return
         rule = {"class_path": identity.class_path(self.rule), "state": self.rule.state_dict()}
         self.saves.write(
             checkpoint.Checkpoint(
                 trainer.server, rule, trainer.hooks.state_dict(), self.identity, trainer.config
             )
-        )
-
-
-def _check_finite(adapter: AdapterState, rnd: Round) -> None:
-    tensors = dict(adapter.tensors()) | {n: r.U for n, r in adapter.residual.items()}
-    bad = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
-    if bad:
-        raise FedloraError(
-            f"the averaged adapter became NaN or infinite in round {rnd.idx} ({bad[0]}). Lower the "
-            "learning rate or set trainer.gradient_clip_val."
         )

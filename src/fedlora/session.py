@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.loggers import Logger
 
 from fedlora import artefacts, checkpoint, per_class
-from fedlora.errors import CheckpointError, FedloraError
+from fedlora.distributed.devices import device_type, make_fabric, per_machine, set_threads
+from fedlora.distributed.launch import end, explained
+from fedlora.distributed.world import World
+from fedlora.errors import CheckpointError
 from fedlora.federation import make_clients, make_rounds
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
@@ -27,28 +31,43 @@ T = TypeVar("T")
 
 
 def launch(trainer: FederatedTrainer, body: Callable[[], T]) -> T:
-    """Build Fabric, attach model and data, and run ``body`` under it."""
+    """Build Fabric, start the other processes, attach model and data, and run ``body`` in each."""
     device = device_type(trainer.accelerator)
     trainer.averaging.check_device(device)
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
     if trainer.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    trainer.fabric = Fabric(accelerator=device, devices=1, precision=trainer.averaging.precision)
+    trainer.fabric = fabric = make_fabric(
+        device,
+        trainer.averaging.precision,
+        trainer.devices,
+        trainer.num_nodes,
+        trainer.spread,
+        trainer.timeout,
+    )
 
     def run(fabric: Fabric) -> T:
+        trainer.world = World.of(fabric)
+        set_threads(trainer.threads, per_machine(fabric))
+        if not trainer.world.is_zero:
+            trainer.progress.mode = "off"
         with torch.random.fork_rng(devices=[fabric.device] if device == "cuda" else []):
             _attach(trainer)
             return body()
 
+    failed = True
     try:
-        result: T = trainer.fabric.launch(run)
+        result: T = fabric.launch(run)
+        failed = False
         return result
     except BaseException as error:
         trainer.call("on_exception", error)
-        raise
+        said = explained(error, trainer.world, fabric)
+        if said is None:
+            raise
+        raise said from error
     finally:
+        end(fabric, failed)
         trainer.call("teardown", trainer.state.fn.value)
         if trainer.run is not None:
             trainer.run.unlock()
@@ -59,8 +78,12 @@ def _attach(trainer: FederatedTrainer) -> None:
     model, data, stage = trainer.lightning_module, trainer.datamodule, trainer.state.fn.value
     model.trainer = trainer  # type: ignore[assignment]  # it only reads the data module from it
     data.trainer = trainer  # type: ignore[assignment]
-    data.prepare_data()
-    data.setup(stage)
+    first = trainer.fabric.local_rank == 0
+    for turn in (True, False):  # one process of a machine reads and keeps the pictures for all
+        if first == turn:
+            data.prepare_data()
+            data.setup(stage)
+        trainer.world.barrier()
     # The adapter's first values are a function of the seed alone.
     torch.manual_seed(derive_seed(trainer.seed, "init"))
     model.configure_model()
@@ -82,17 +105,18 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
         if _is_over(trainer) and artefacts.summary_round(run.summary) == trainer.server.round_idx:
             trainer.progress.say(f"nothing to do: the run in {run.path} is finished.")
             return
-    run.write_config(trainer.config_text)
-    with _log_file(run):
+    if trainer.world.is_zero:
+        run.write_config(trainer.config_text)
+    with _log_file(run) if trainer.world.is_zero else nullcontext():
         _play(trainer, rounds, fresh=saved is None)
 
 
 def _play(trainer: FederatedTrainer, rounds: Rounds, fresh: bool) -> None:
-    run = rounds.run
-    trainer.loggers = _make_loggers(trainer, run)
+    trainer.loggers = _make_loggers(trainer, rounds.run) if trainer.world.is_zero else []
     if fresh:
         rounds.prepare()
-    trainer.progress.describe(trainer, rounds)
+    if trainer.world.is_zero:
+        trainer.progress.describe(trainer, rounds)
     trainer.call("on_fit_start")
     trainer.call("on_train_start")
     if fresh:
@@ -126,7 +150,24 @@ def _log_file(run: RunFolder) -> Iterator[None]:
 def _open(
     trainer: FederatedTrainer, ckpt_path: str | None
 ) -> tuple[RunFolder, checkpoint.Checkpoint | None]:
-    """The run folder, locked, and what is saved in it."""
+    """The run folder, locked, and what is saved in it, in every process."""
+    world, opened = trainer.world, None
+    if world.is_zero:
+        opened = _locked(trainer, ckpt_path)
+    told = world.share(lambda: _told(*opened) if opened else None)
+    if opened is not None:
+        return opened
+    path, saved = told
+    return RunFolder(Path(path)), None if saved is None else checkpoint.from_dict(saved)
+
+
+def _told(run: RunFolder, saved: checkpoint.Checkpoint | None) -> list[Any]:
+    return [str(run.path), None if saved is None else checkpoint.to_dict(saved)]
+
+
+def _locked(
+    trainer: FederatedTrainer, ckpt_path: str | None
+) -> tuple[RunFolder, checkpoint.Checkpoint | None]:
     if ckpt_path is None:
         run = RunFolder.create(trainer.default_root_dir)
         run.lock()
@@ -164,6 +205,8 @@ def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:
     scores = rounds.test(per_class=True)
     values = {**scores.values, **artefacts.write_client_scores(rounds)}
     trainer.call("on_test_end")
+    if not trainer.world.is_zero:
+        return
     if scores.classes:
         names = trainer.datamodule.class_names
         per_class.write(rounds.run.per_class, names, scores.classes)
@@ -185,21 +228,3 @@ def _make_loggers(trainer: FederatedTrainer, run: RunFolder) -> list[Logger]:
 
         return [TensorBoardLogger(run.path, name="tensorboard", version="")]
     return list(trainer.logger) if isinstance(trainer.logger, Iterable) else [trainer.logger]
-
-
-def device_type(accelerator: str) -> str:
-    """``cuda``, ``mps`` or ``cpu``; refuses an accelerator that is not there."""
-    there = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if accelerator == "auto":
-        return next(name for name, available in there.items() if available)
-    if accelerator == "gpu":
-        accelerator = "mps" if there["mps"] and not there["cuda"] else "cuda"
-    if not there[accelerator]:
-        raise FedloraError(
-            f"trainer.accelerator={accelerator}: there is no such device here. Use auto or cpu."
-        )
-    return accelerator

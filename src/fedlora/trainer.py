@@ -20,6 +20,8 @@ from fedlora.callbacks.objective import Objective
 from fedlora.callbacks.progress import Progress, ProgressMode
 from fedlora.callbacks.records import Records
 from fedlora.data.datamodule import FederatedDataModule
+from fedlora.distributed.devices import check_devices, spread_of
+from fedlora.distributed.world import World
 from fedlora.engines.local import Lane
 from fedlora.errors import FedloraError
 from fedlora.hooks import Hooks
@@ -40,8 +42,12 @@ class FederatedTrainer:
             hooks' arguments.
         logger: a Lightning logger or several; True means TensorBoard, False none.
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
-        devices: 1 or ``auto``; more are refused for now.
-        strategy: ``auto``; others are refused for now.
+        devices: processes on each machine, one per GPU; ``auto``: as many as torchrun started, else
+            one per GPU, else one.
+        num_nodes: machines.
+        strategy: what they share: whole clients (``clients``, ``auto``; the same bits as on one
+            device) or the rows of each batch (``ddp``; the same up to rounding).
+        timeout: seconds that a process waits for another before the run ends.
         seed: of everything that is drawn.
         max_rounds: rounds to play.
         clients_per_round: clients drawn for each round; None means all.
@@ -81,7 +87,9 @@ class FederatedTrainer:
         logger: Logger | list[Logger] | bool = True,
         accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
         devices: int | Literal["auto"] = 1,
-        strategy: Literal["auto", "clients", "ddp"] = "auto",
+        num_nodes: int = 1,
+        strategy: str = "auto",
+        timeout: float = 1800.0,
         seed: int = 0,
         max_rounds: int = 10,
         clients_per_round: int | None = None,
@@ -130,14 +138,15 @@ class FederatedTrainer:
                 f"trainer.gradient_clip_val must be above 0, got {gradient_clip_val}. Leave it out "
                 "to not clip."
             )
-        if devices not in (1, "auto") or strategy != "auto":
-            raise FedloraError(
-                f"trainer.devices={devices} with strategy={strategy}: this version runs on one "
-                "device. Set devices=1 and strategy=auto."
-            )
+        check_devices(devices, num_nodes, strategy, timeout, on_client_error)
         self.averaging = AdapterAveraging() if averaging is None else averaging
         self.logger = logger
         self.accelerator = accelerator
+        self.devices = devices
+        self.num_nodes = num_nodes
+        self.spread = spread_of(strategy)
+        self.timeout = timeout
+        self.world = World()
         self.seed = seed
         self.max_rounds = 1 if fast_dev_run else max_rounds
         self.clients_per_round = clients_per_round
@@ -192,9 +201,9 @@ class FederatedTrainer:
         self.check_val_every_n_epoch = val_every_n_rounds
 
     strategy = property(lambda self: self.fabric.strategy)
-    world_size = property(lambda self: self.fabric.world_size)
-    global_rank = property(lambda self: self.fabric.global_rank)
-    is_global_zero = property(lambda self: self.fabric.is_global_zero)
+    world_size = property(lambda self: self.world.size)
+    global_rank = property(lambda self: self.world.rank)
+    is_global_zero = property(lambda self: self.world.is_zero)
     current_epoch = property(lambda self: self.server.round_idx)
     callbacks = property(lambda self: self.hooks.callbacks)
 
@@ -280,7 +289,8 @@ class FederatedTrainer:
 
     def keep_as_best(self) -> None:
         """Give the checkpoint just written a second name, ``best.ckpt``."""
-        self.rounds.saves.keep_as_best()
+        if self.world.is_zero:
+            self.rounds.saves.keep_as_best()
 
 
 def _check_range(**values: tuple[int | None, int]) -> None:

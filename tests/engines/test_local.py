@@ -23,7 +23,7 @@ class Line(nn.Module):
         self.keys: list[tuple[int | None, int]] = []
         self.lora = SimpleNamespace(
             trainable=lambda: {"other/w": self.w},
-            set_dropout_key=lambda key, step=0: self.keys.append((key, step)),
+            set_dropout_key=lambda key, step=0, rows=None: self.keys.append((key, step)),
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from fedlora.aggregation import Aggregator, FedAvg
 from fedlora.callbacks.base import FederatedCallback
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedlora.modules.config import LoRAConfig
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+BaseDtype = Literal["float32", "bfloat16"]
 
 
 class AdapterAveraging(FederatedCallback):
@@ -25,6 +26,9 @@ class AdapterAveraging(FederatedCallback):
         aggregator: the rule; None means :class:`~fedlora.aggregation.FedAvg`.
         gradient_checkpointing: recompute activations in the backward pass: less memory, more time.
         precision: of the forward and backward pass; parameters and averages stay float32.
+        base_dtype: what the frozen weights of linear layers and convolutions are kept in while a
+            call of the trainer lasts. With bfloat16, which needs precision=bf16-mixed, they take
+            half the memory; what is learned stays float32, a residual beside the weights too.
         export_rank: the largest rank that PEFT's files of a run's ``adapter/`` may have. A rule
             with a residual can serve more than that: the files then hold the best approximation of
             this rank, and ``fedlora.json`` says how far it is off. None: whatever it takes to be
@@ -33,7 +37,8 @@ class AdapterAveraging(FederatedCallback):
             own; they stay in ``clients/`` in any case.
 
     Raises:
-        FedloraError: for a precision that does not exist, and an export_rank below 1.
+        FedloraError: for a precision or base_dtype that does not exist, a base_dtype that does not
+            go with the precision, and an export_rank below 1.
     """
 
     def __init__(
@@ -41,13 +46,17 @@ class AdapterAveraging(FederatedCallback):
         aggregator: Aggregator | None = None,
         gradient_checkpointing: bool = False,
         precision: Precision = "32-true",
+        base_dtype: BaseDtype = "float32",
         export_rank: int | None = None,
         export_personal: bool = True,
     ) -> None:
-        allowed = ("32-true", "bf16-mixed", "16-mixed")
-        if precision not in allowed:
+        _check_one_of("precision", precision, get_args(Precision))
+        _check_one_of("base_dtype", base_dtype, get_args(BaseDtype))
+        if base_dtype == "bfloat16" and precision != "bf16-mixed":
             raise FedloraError(
-                f"averaging.precision should be one of {', '.join(allowed)} but got {precision!r}."
+                "averaging.base_dtype=bfloat16 needs averaging.precision=bf16-mixed, got "
+                f"{precision}: only there the frozen weights are multiplied in bfloat16 anyway. "
+                "Set precision=bf16-mixed, or leave base_dtype out."
             )
         if export_rank is not None and export_rank < 1:
             raise FedloraError(
@@ -57,6 +66,7 @@ class AdapterAveraging(FederatedCallback):
         self.aggregator = FedAvg() if aggregator is None else aggregator
         self.gradient_checkpointing = gradient_checkpointing
         self.precision: Precision = precision
+        self.base_dtype: BaseDtype = base_dtype
         self.export_rank = export_rank
         self.export_personal = export_personal
 
@@ -82,18 +92,37 @@ class AdapterAveraging(FederatedCallback):
             )
 
     def setup(self, trainer: object, pl_module: LightningModule, stage: str) -> None:
-        """Switch gradient checkpointing in the model on or off.
+        """Switch gradient checkpointing in the model on or off, and cast its frozen base.
 
         Raises:
-            FedloraError: for an export_rank that the adapter itself does not fit in.
+            FedloraError: for an export_rank that the adapter itself does not fit in, and a
+                base_dtype for a model without a frozen base.
         """
         lora = getattr(pl_module, "lora", None)
-        if lora is not None:
-            self._check_export(lora.config)
-        if lora is not None and self.gradient_checkpointing:
+        if lora is None:
+            return
+        self._check_export(lora.config)
+        if self.gradient_checkpointing:
             lora.enable_gradient_checkpointing()
-        elif lora is not None:
+        else:
             lora.disable_gradient_checkpointing()
+        if self.base_dtype == "bfloat16":
+            if not lora.config.enabled:
+                raise FedloraError(
+                    "averaging.base_dtype=bfloat16 is about the frozen base, and without LoRA "
+                    "(lora.enabled=false) nothing is frozen. Leave it out."
+                )
+            import torch
+
+            lora.set_base_dtype(torch.bfloat16)
+
+    def teardown(self, trainer: object, pl_module: LightningModule, stage: str) -> None:
+        """Give the model back in float32: merged into 16 bits an adapter would be rounded away."""
+        lora = getattr(pl_module, "lora", None)
+        if lora is not None and self.base_dtype == "bfloat16":
+            import torch
+
+            lora.set_base_dtype(torch.float32)
 
     def _check_export(self, config: LoRAConfig) -> None:
         if self.export_rank is None:
@@ -114,3 +143,10 @@ class AdapterAveraging(FederatedCallback):
     ) -> AdapterState:
         """The next global adapter: what ``aggregator`` makes of the updates."""
         return self.aggregator.aggregate(server, updates, rnd)
+
+
+def _check_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise FedloraError(
+            f"averaging.{name} should be one of {', '.join(allowed)} but got {value!r}."
+        )

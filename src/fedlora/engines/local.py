@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fedlora.engines.rows import Rows, add_figures, add_gradients
 from fedlora.errors import FedloraError
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
     from fedlora.callbacks.objective import Objective
+    from fedlora.distributed.world import World
     from fedlora.modules.classifier import CLIPLoRAClassifier
+    from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 
 Batch = dict[str, Tensor]
 
@@ -83,6 +86,8 @@ class LocalLoop:
         limit_batches: most batches per epoch; None means all.
         lr_factor: round idx -> what the learning rates of its optimizers are multiplied with.
         on_batch: called after each batch with its lane, what the step returned, and the batch.
+        rows_over: the processes that the rows of each batch are spread over, where they are: all
+            train the same client, and come to the same parameters.
     """
 
     fabric: Fabric
@@ -94,6 +99,7 @@ class LocalLoop:
     limit_batches: int | None = None
     lr_factor: Callable[[int], float] = lambda _: 1.0
     on_batch: Callable[[Lane, dict[str, Tensor], Batch], None] | None = None
+    rows_over: World | None = None
 
     def num_batches(self, per_epoch: int) -> int:
         """Batches that a client with ``per_epoch`` batches runs."""
@@ -105,16 +111,20 @@ class LocalLoop:
         """Optimizer steps that a client with ``per_epoch`` batches takes."""
         return -(-self.num_batches(per_epoch) // self.accumulate)
 
+    @property
+    def lora(self) -> CLIPLoRAWrapper:
+        """The adapter in the model."""
+        if self.module.lora is None:
+            raise FedloraError("the model is not built yet.")
+        return self.module.lora
+
     def open(self, client: Client, rnd: Round) -> Lane:
         """A lane on what the module holds and has trainable now."""
-        lora = self.module.lora
-        if lora is None:
-            raise FedloraError("the model is not built yet.")
         optimizer = self.module.configure_optimizers()
         optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
-        return Lane(client, lora.trainable(), optimizer)
+        return Lane(client, self.lora.trainable(), optimizer)
 
     def run(
         self,
@@ -136,7 +146,6 @@ class LocalLoop:
         Raises:
             NonFiniteError: when the loss or a trained parameter is NaN or infinite at the end.
         """
-        lora: Any = self.module.lora
         self._reset_scaler()
         device = self.fabric.device
         lane.loss, lane.correct = lane.loss.to(device), lane.correct.to(device)
@@ -152,11 +161,13 @@ class LocalLoop:
                 itertools.islice(self._stream(batches), total), self.accumulate, total
             ):
                 for position, (batch, count) in enumerate(window):
-                    lora.set_dropout_key(key, lane.step * self.accumulate + position)
-                    self._backward(lane, batch, count)
+                    number = lane.step * self.accumulate + position
+                    self._backward(lane, batch, count, (key, number))
                 self._step(lane)
         finally:
-            lora.set_dropout_key(None)
+            self.lora.set_dropout_key(None)
+        if self.rows_over is not None:
+            add_figures(lane, self.rows_over)
         for objective in lane.objectives:
             objective.on_lane_end(lane)
         self._check_finite(lane, rnd)
@@ -165,22 +176,33 @@ class LocalLoop:
         for epoch in itertools.count():
             yield from itertools.islice(batches(epoch), self.limit_batches)
 
-    def _backward(self, lane: Lane, batch: Batch, count: int) -> None:
+    def _backward(self, lane: Lane, batch: Batch, count: int, key: tuple[int, int]) -> None:
+        own = Rows.of(batch, self.rows_over)
+        if own is not None:
+            batch = own.cut(batch)
+        if not len(batch["label"]):  # fewer rows than processes
+            return
+        self.lora.set_dropout_key(*key, own)
         batch = {
             name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()
         }
         # Fabric does not autocast around a LightningModule's training_step on one device.
         with self.fabric.autocast():
             out = self.module.training_step(batch, lane.step)
-        self.fabric.backward(out["losses"].mean() / count)
-        lane.loss += out["losses"].detach().sum(dtype=torch.float64)
+        losses = out["losses"]
+        # Of the whole batch, whose last one may be smaller.
+        mean = losses.mean() if own is None else losses.sum() / own.total
+        self.fabric.backward(mean / count)
+        lane.loss += losses.detach().sum(dtype=torch.float64)
         lane.correct += out["correct"].sum()
-        lane.seen += len(out["losses"])
+        lane.seen += len(losses)
         if self.on_batch is not None:
             self.on_batch(lane, out, batch)
 
     def _step(self, lane: Lane) -> None:
         precision = self.fabric.strategy.precision
+        if self.rows_over is not None:
+            add_gradients(list(lane.parameters.values()), self.rows_over)
         if self.clip is not None or lane.objectives:
             precision.unscale_gradients(lane.optimizer)
         for objective in lane.objectives:

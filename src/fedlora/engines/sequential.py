@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from fedlora.aggregation.base import turns
+from fedlora.distributed.world import World
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
-from fedlora.errors import FedloraError
+from fedlora.engines.turn import Start, Turn
 from fedlora.personal import Kept
 from fedlora.sampling import Absence, Plan
 from fedlora.state import AdapterState, Client, ClientUpdate, Part, Round, ServerState
@@ -26,25 +27,6 @@ if TYPE_CHECKING:
 NOT_FINITE = "not finite"
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a client starts a round from.
-
-    Attributes:
-        client: who, as the rule is told.
-        sent: what the server knows of it.
-        state: all that is loaded: with what the client kept in the place of the server's.
-        kept: what stayed with it since it last played.
-        down_nbytes: what travelled to it of the adapter.
-    """
-
-    client: Client
-    sent: AdapterState
-    state: AdapterState
-    kept: Kept
-    down_nbytes: int
-
-
 class SequentialEngine:
     """One client at a time, on one frozen backbone.
 
@@ -57,6 +39,7 @@ class SequentialEngine:
         on_absent: called with a client that does not answer, the bytes that it was sent, and the
             error where there was one.
         leaves_out: whether an error leaves its client out of the round instead of ending it.
+        world: the processes of the run.
 
     Attributes:
         unanswered_nbytes: sent in this round to clients that did not answer.
@@ -71,6 +54,7 @@ class SequentialEngine:
         on_start: Callable[[Client], None],
         on_absent: Callable[[Absence, int, Exception | None], None],
         leaves_out: Callable[[Exception], bool],
+        world: World | None = None,
     ) -> None:
         self.loop = loop
         self.data = data
@@ -80,14 +64,13 @@ class SequentialEngine:
         self.on_start = on_start
         self.on_absent = on_absent
         self.leaves_out = leaves_out
+        self.world = world or World()
         self.unanswered_nbytes = 0
 
     @property
     def lora(self) -> CLIPLoRAWrapper:
         """The adapter in the model."""
-        if self.loop.module.lora is None:
-            raise FedloraError("the model is not built yet.")
-        return self.loop.module.lora
+        return self.loop.lora
 
     @property
     def lanes(self) -> int:
@@ -114,15 +97,21 @@ class SequentialEngine:
         state = start.kept.own.over(start.state) if self.own_objectives else start.state
         self.lora.load(state.padded(server.adapter.ranks))
 
-    def _start(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
-        client = _known(client, server)
+    def sent(
+        self, client: Client, rnd: Round, server: ServerState, rule: Aggregator
+    ) -> tuple[Client, AdapterState, AdapterState]:
+        """The client as the rule is told, what it then knows of the adapter, and what travels."""
+        client = replace(client, last_round=server.received.get(client.id))
         down = rule.distribute(server.adapter, client, rnd)
+        return client, down.over(server.adapter.cut(client.rank, client.scale)), down
+
+    def _start(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
+        client, sent, down = self.sent(client, rnd, server, rule)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
         kept = self.store.read(client.id, server.versions)
-        public = server.adapter.cut(client.rank, client.scale)
-        state = down.over(kept.adapter.over(public))
-        return Start(client, down.over(public), state, kept, down.nbytes)
+        state = down.over(kept.adapter.over(sent))
+        return Start(client, sent, state, kept, down.nbytes)
 
     def play(
         self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
@@ -131,20 +120,37 @@ class SequentialEngine:
         self.unanswered_nbytes = 0
         for absence in plan.absent:
             self._miss(absence, rnd, server, rule)
-        for client in plan.players:
-            self.on_start(client)
-            try:
-                update, kept = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
-            except Exception as error:
-                if not self.leaves_out(error):
-                    raise
-                why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
-                self._miss(Absence(client, why, True), rnd, server, rule, error)
+        for client, turn in self.take_turns(plan, rnd, server, rule):
+            if turn.update is None:
+                self._miss(Absence(client, turn.reason, True), rnd, server, rule, turn.error)
                 continue
-            # Not the client's fault where that fails. What is written counts.
-            if kept:
-                self.store.write(client.id, rnd.idx + 1, kept)
-            yield update
+            if turn.kept:
+                self.store.note(client.id, rnd.idx + 1)
+            yield turn.update
+
+    def take_turns(
+        self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
+    ) -> Iterator[tuple[Client, Turn]]:
+        """Every client's turn, in their order."""
+        for client in plan.players:
+            yield client, self.take_turn(client, plan, rnd, server, rule)
+
+    def take_turn(
+        self, client: Client, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
+    ) -> Turn:
+        """Train a client, and write what stays with it."""
+        self.on_start(client)
+        try:
+            update, kept = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
+        except Exception as error:
+            if not self.leaves_out(error):
+                raise
+            why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
+            return Turn(reason=why, error=error)
+        # Not the client's fault where that fails. What is written counts.
+        if kept:
+            self.store.write(client.id, rnd.idx + 1, kept)
+        return Turn(update, bool(kept))
 
     def _miss(
         self,
@@ -156,9 +162,8 @@ class SequentialEngine:
     ) -> None:
         nbytes = 0
         if absence.reached:
-            client = _known(absence.client, server)
-            nbytes = rule.distribute(server.adapter, client, rnd).nbytes
-            nbytes += _nbytes(self._download(client, self.shared(rule, rnd)))
+            client, _, down = self.sent(absence.client, rnd, server, rule)
+            nbytes = down.nbytes + _nbytes(self._download(client, self.shared(rule, rnd)))
         self.unanswered_nbytes += nbytes
         self.on_absent(absence, nbytes, error)
 
@@ -255,11 +260,6 @@ class SequentialEngine:
             own = trained if self.own_objectives else AdapterState()
             tensors |= dict(Kept(rule.stays(trained, now), own, memory).tensors())
         return Kept.from_tensors(tensors).nbytes() if tensors else 0
-
-
-def _known(client: Client, server: ServerState) -> Client:
-    """The client with the round in which it was last sent anything."""
-    return replace(client, last_round=server.received.get(client.id))
 
 
 def _nbytes(tensors: Mapping[str, Tensor]) -> int:

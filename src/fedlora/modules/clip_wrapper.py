@@ -219,6 +219,9 @@ class CLIPLoRAWrapper(LoRAWrapper):
             # The base was frozen meanwhile, whatever the model did.
             self.federated.moved = self._moved or not self.config.enabled
 
+    def _sees_rows(self, layer: str) -> bool:
+        return not layer.startswith("text_")  # that tower sees prompts
+
     def _tell_text(self) -> None:
         """Say whether the text tower moves, to a model that keeps its features."""
         if isinstance(self.federated, FederatedCLIPModel):

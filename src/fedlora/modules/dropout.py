@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from fedlora.sampling import derive_seed
+
+
+class Rows(Protocol):
+    """Some rows of a batch."""
+
+    @property
+    def start(self) -> int:
+        """The first."""
+
+    @property
+    def stop(self) -> int:
+        """The one behind the last."""
+
+    @property
+    def total(self) -> int:
+        """Rows of the whole batch."""
 
 
 class KeyedDropout(nn.Module):
@@ -25,6 +43,7 @@ class KeyedDropout(nn.Module):
         self.p = p
         self.layer = derive_seed(layer)
         self.key: int | None = None
+        self.rows: Rows | None = None  # of the batch that is seen; None: all of it
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop elements of ``x`` (any shape) while training."""
@@ -33,8 +52,16 @@ class KeyedDropout(nn.Module):
         if self.key is None:  # outside of the local loop, e.g. under lightning.Trainer
             return nn.functional.dropout(x, self.p)
         generator = torch.Generator(device=x.device).manual_seed(self.key ^ self.layer)
-        mask = torch.empty_like(x).bernoulli_(1.0 - self.p, generator=generator)
+        mask = self._empty_mask(x).bernoulli_(1.0 - self.p, generator=generator)
+        if self.rows is not None:
+            mask = mask[self.rows.start : self.rows.stop]
         return x * mask.div_(1.0 - self.p)
+
+    def _empty_mask(self, x: Tensor) -> Tensor:
+        # Where the batch is spread over processes, that of the whole batch, to cut out of.
+        return (
+            torch.empty_like(x) if self.rows is None else x.new_empty(self.rows.total, *x.shape[1:])
+        )
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""

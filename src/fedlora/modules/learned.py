@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig
-from fedlora.modules.dropout import KeyedDropout
+from fedlora.modules.dropout import KeyedDropout, Rows
+from fedlora.modules.frozen import keep_frozen_in
 from fedlora.modules.injection import ADAPTER
 from fedlora.modules.originals import Originals
 from fedlora.modules.parameters import copy_of, fill, refuse
@@ -88,13 +89,25 @@ class LearnedParts:
             if parameter.requires_grad
         }
 
-    def set_dropout_key(self, key: int | None, step: int = 0) -> None:
-        """Fix the dropout masks of the next step; None hands them back to torch's generator."""
+    def set_dropout_key(self, key: int | None, step: int = 0, rows: Rows | None = None) -> None:
+        """Fix the dropout masks of the next step; None hands them back to torch's generator.
+
+        Args:
+            key: what the masks are drawn from, with the layer's path.
+            step: likewise.
+            rows: those of the batch that the model will see, whose masks are then a part of the
+                whole batch's; None: all.
+        """
         derived = None if key is None else derive_seed(key, step)
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             dropout = layer.lora_dropout[ADAPTER]
             if isinstance(dropout, KeyedDropout):  # there is none where the rate is 0
                 dropout.key = derived
+                dropout.rows = rows if self._sees_rows(name) else None
+
+    def _sees_rows(self, layer: str) -> bool:
+        """Whether the first dimension of what a layer sees is that of the batch."""
+        return True
 
     def exchanged(self) -> dict[str, Tensor]:
         """What is learned, by name, itself: factors, ``other``, running statistics."""
@@ -137,6 +150,22 @@ class LearnedParts:
 
     def _everything(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict(keep_vars=True))  # itself, to be set or put back
+
+    def set_base_dtype(self, dtype: torch.dtype) -> None:
+        """Keep the frozen Linear and Conv2d weights of the model in another type.
+
+        What is learned and served stays as it is. Normalisation layers, embeddings and a head
+        beside the model keep their types.
+
+        Args:
+            dtype: ``torch.bfloat16``, or ``torch.float32``, which does not bring back what was
+                rounded away.
+        """
+        learned = {id(p) for part in self.parameters.values() for p in part.values()}
+        served = self.served.forget() if self.phase == "on" else {}
+        keep_frozen_in(dtype, self.model, learned)
+        if served:  # beside a 16-bit weight, inside of another
+            self.served.serve(served)
 
     def base_weights(self) -> dict[str, Tensor]:
         """The frozen weight of each adapted layer, (out_features, in_features); not copies."""
@@ -199,3 +228,5 @@ class LearnedParts:
             if name not in self.layers:
                 yield f"the scaling of {name!r} has no adapted layer here"
         yield from self.served.faults(state.residual)
+        if self.exchanges_all():
+            yield from self.served.not_inside(state.residual)

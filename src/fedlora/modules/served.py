@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.modules.beside import SIXTEEN_BITS, Beside
 from fedlora.state import Residual
 
 
 class ServedWeights:
     """Serves W0 + R in each adapted layer.
 
-    Always computed from the pristine weight, kept on the CPU once a residual was seen: nothing is
-    added to a weight that was changed before, so rounding cannot build up over rounds.
+    A weight of float32 or more holds the sum. It is always computed from the pristine weight, kept
+    on the CPU once a residual was seen: nothing is added to a weight that was changed before, so
+    rounding cannot build up over rounds. A 16-bit weight would round most of R away: it stays as it
+    is, and the layer computes W0 x + R x with R in float32.
 
     Args:
         layers: PEFT's layers by path. A kernel is seen as a matrix (out, in * kernel).
@@ -25,10 +28,15 @@ class ServedWeights:
         self.layers = layers
         self.residual: dict[str, Residual] = {}
         self._pristine: dict[str, Tensor] = {}
+        self._hooks: dict[str, Any] = {}  # of the layers that compute R x beside
 
     def weight(self, name: str) -> Tensor:
         """The frozen weight as it is served, (out_features, in_features): to look at."""
-        return self._itself(name).flatten(1)
+        weight = self._itself(name).flatten(1)
+        if name not in self._hooks:
+            return weight
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(exact) + self.residual[name].to(exact).dense().to(weight.device)
 
     def _itself(self, name: str) -> Tensor:
         # To write to: flattened, a kernel in another memory format (channels last) is a copy.
@@ -37,43 +45,78 @@ class ServedWeights:
 
     def pristine(self, name: str) -> Tensor:
         """W0, (out_features, in_features), whatever is served now."""
-        return self._pristine[name] if name in self._pristine else self.weight(name)
+        return self._pristine[name] if name in self._pristine else self._itself(name).flatten(1)
+
+    def _shape(self, name: str) -> torch.Size:
+        weight = self._itself(name)
+        return torch.Size((weight.shape[0], weight[0].numel()))
 
     def faults(self, residual: Mapping[str, Residual]) -> Iterator[str]:
         """What keeps a residual from being served here."""
         for name, change in residual.items():
             if name not in self.layers:
                 yield f"the residual of {name!r} has no adapted layer here"
-            elif not _fits(change, self.weight(name).shape):
+            elif not _fits(change, self._shape(name)):
                 factors = [change.U] if change.V is None else [change.U, change.V]
                 yield f"the residual of {name!r} has shape " + " x ".join(
                     str(tuple(factor.shape)) for factor in factors
                 )
-            elif self.weight(name).dtype in (torch.bfloat16, torch.float16):
-                kind = str(self.weight(name).dtype).removeprefix("torch.")
-                yield f"the residual of {name!r} would be rounded away in {kind} (model.float())"
+
+    def not_inside(self, residual: Mapping[str, Residual]) -> Iterator[str]:
+        """What keeps a residual from being part of the weights, where those travel themselves."""
+        for name in filter(self.layers.__contains__, residual):
+            dtype = self._itself(name).dtype
+            if dtype in SIXTEEN_BITS:
+                kind = str(dtype).removeprefix("torch.")
+                yield (
+                    f"the residual of {name!r} would be rounded away in the {kind} weights, which "
+                    "are exchanged (set lora.save_only_trainable=true, or call model.float())"
+                )
 
     @torch.no_grad()
     def serve(self, residual: Mapping[str, Residual]) -> None:
         """Serve exactly this residual; an empty one brings the pristine weights back."""
         for name in [*residual, *(set(self.residual) - set(residual))]:
-            change = residual.get(name)
-            if change is self.residual.get(name):
+            change, weight = residual.get(name), self._itself(name)
+            beside = change is not None and weight.dtype in SIXTEEN_BITS
+            # The model may have got another type since.
+            if change is self.residual.get(name) and beside == (name in self._hooks):
                 continue
-            weight = self._itself(name)
-            if name not in self._pristine:
-                self._pristine[name] = self.weight(name).to("cpu", copy=True)
-            served = self._pristine[name].to(weight.device)
+            if name in self._hooks:
+                self._hooks.pop(name).remove()
+            if change is None or beside:
+                self._put_back(name)
             if change is None:
                 del self.residual[name]
+                continue
+            self.residual[name] = change
+            if beside:
+                hook = Beside(change, weight)
+                # First: whoever looks at what the layer gives sees the sum.
+                self._hooks[name] = self.layers[name].register_forward_hook(hook, prepend=True)
             else:
-                exact = torch.promote_types(weight.dtype, torch.float32)
-                served = served.to(exact) + change.to(exact).dense().to(weight.device)
-                self.residual[name] = change
-            weight.copy_(served.view_as(weight))
+                self._add(name, change)
+
+    def _put_back(self, name: str) -> None:
+        """Bring the pristine weight back, if there is another in its place."""
+        if name in self._pristine:
+            weight = self._itself(name)
+            weight.copy_(self._pristine[name].view_as(weight))
+
+    def _add(self, name: str, change: Residual) -> None:
+        """Put W0 + R into the weight, rounded once."""
+        weight = self._itself(name)
+        if name not in self._pristine:
+            self._pristine[name] = weight.flatten(1).to("cpu", copy=True)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        served = self._pristine[name].to(weight.device, exact)
+        served = served + change.to(exact).dense().to(weight.device)
+        weight.copy_(served.view_as(weight))
 
     def settle(self) -> None:
-        """Take the weights for pristine as they are, whatever was served in them."""
+        """Take the weights for pristine as they are, whatever was served in or beside them."""
+        for name in list(self._hooks):
+            self._hooks.pop(name).remove()
         self.residual.clear()
         self._pristine.clear()
 

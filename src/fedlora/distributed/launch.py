@@ -1,0 +1,167 @@
+"""Starting a process per device, and noticing when one of them is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from types import FrameType
+from typing import Any, TypeVar
+
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.ddp import DDPStrategy
+
+# Lightning's own kills the main process when another ends, before that can say a word.
+from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.nn import Module
+
+from fedlora.distributed.world import World, interruptibly
+from fedlora.errors import ElsewhereError, LostError
+
+T = TypeVar("T")
+PARENT = "FEDLORA_PARENT"  # the environment variable by which a process knows who started it
+GRACE_S = 3.0  # for a process to notice by itself that another is gone, or to end
+
+
+class ClientParallelStrategy(DDPStrategy):
+    """A process per device, each with the whole model; no module is wrapped.
+
+    What travels is small and ours to send: a DDP wrapper would synchronise the parameters that it
+    found when it was made, and others may be trained in the next round.
+
+    Args:
+        backend: of ``torch.distributed``.
+        timeout_s: seconds that a process waits for another.
+    """
+
+    def __init__(self, backend: str, timeout_s: float) -> None:
+        timeout = timedelta(seconds=timeout_s)
+        super().__init__(process_group_backend=backend, timeout=timeout)
+
+    def _configure_launcher(self) -> None:
+        if self.cluster_environment is not None:
+            self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    def _setup_distributed(self) -> None:
+        # Another process may end before it gets here.
+        interruptibly(super()._setup_distributed)
+
+    def setup_module(self, module: Module) -> Module:  # type: ignore[override]
+        """The module as it is."""
+        return module
+
+
+class Launcher(_SubprocessScriptLauncher):
+    """Runs the command again for each further device of this machine, and watches.
+
+    Where torchrun or Slurm started the processes, they watch.
+
+    Attributes:
+        lost: rank on this machine and exit code of the first process that ended by an error.
+    """
+
+    lost: tuple[int, int] | None = None
+    _over = False
+    _before: Any = None
+
+    def launch(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Start the others where that is ours to do, and call ``function``."""
+        environment = self.cluster_environment
+        environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not environment.creates_processes_externally:
+            os.environ[PARENT] = str(os.getpid())
+            self._call_children_scripts()
+            self._watch_children()
+        elif os.environ.get(PARENT) == str(os.getppid()):
+            threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+        return function(*args, **kwargs)
+
+    def _watch_children(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGUSR1, self._interrupt)
+        for number, process in enumerate(self.procs, start=1):
+            arguments = number, process, threading.get_ident()
+            threading.Thread(target=self._watch, args=arguments, daemon=True).start()
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes], waiting: int) -> None:
+        code = process.wait()
+        if code == 0 or self.lost is not None:
+            return
+        self.lost = rank, code
+        time.sleep(GRACE_S)  # who waits for it hears of it sooner, and with its last words
+        if not self._over and self._before is not None:
+            signal.pthread_kill(waiting, signal.SIGUSR1)
+
+    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._over:
+            self._over = True
+            raise LostError("another process of the run is gone")
+
+    def how_it_ended(self) -> str:
+        """What is known of the process that is gone; empty if nothing is."""
+        until = time.monotonic() + GRACE_S
+        while self.procs and self.lost is None and time.monotonic() < until:
+            time.sleep(0.05)
+        if self.lost is None:
+            return ""
+        rank, code = self.lost
+        by = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return f"rank {rank} {by}"
+
+    def end(self, failed: bool) -> None:
+        """Stop watching; where this process failed, the others end too."""
+        self._over = True
+        if self._before is not None:
+            signal.signal(signal.SIGUSR1, self._before)
+            self._before = None
+        if not failed:
+            return
+        for process in self.procs:
+            process.terminate()
+        until = time.monotonic() + GRACE_S
+        for process in self.procs:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            process.kill()  # without effect on one that has ended
+
+
+def explained(error: BaseException, world: World, fabric: Fabric) -> BaseException | None:
+    """What to raise in the place of an error that concerns other processes; None: itself."""
+    if isinstance(error, LostError):
+        return _of_loss(error, world, fabric)
+    if world.is_zero or not isinstance(error, Exception):
+        return None
+    return world.report(error)
+
+
+def _of_loss(error: LostError, world: World, fabric: Fabric) -> BaseException:
+    words = world.last_words()
+    if not world.is_zero:
+        return LostError(f"rank {world.rank}: {error}.") if words is None else ElsewhereError(words)
+    if words is not None:
+        return words
+    launcher = fabric.strategy.launcher
+    how = launcher.how_it_ended() if isinstance(launcher, Launcher) else ""
+    return LostError(f"{error}{how and f': {how}'}. Go on with fit --ckpt_path last.")
+
+
+def end(fabric: Fabric, failed: bool) -> None:
+    """Stop watching the other processes, and end them where this one failed."""
+    launcher = fabric.strategy.launcher
+    if isinstance(launcher, Launcher):
+        launcher.end(failed)
+
+
+def _watch_parent(parent: int) -> None:
+    """End with the process that started this one: it may be a long way to the next message."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(GRACE_S)  # who waits for it hears of it sooner
+    print("fedlora: rank 0 is gone, so this process ends too.", file=sys.stderr, flush=True)
+    os._exit(1)

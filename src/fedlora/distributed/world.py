@@ -1,0 +1,218 @@
+"""The processes of a run, seen from one of them."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from fedlora.distributed.messages import decode, encode
+from fedlora.errors import ElsewhereError, FedloraError, LostError
+
+if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
+T = TypeVar("T")
+# Results that a process may keep until they are asked for: more would cost memory, fewer time.
+AHEAD = 16
+
+
+class World:
+    """Every process of a run and this one's place among them; one process needs no messages.
+
+    All must make the same calls in the same order. What is exchanged is on the CPU and goes over
+    gloo, also between GPUs: it is small, and gloo notices at once when a process is gone.
+
+    Args:
+        rank: this process, from 0; rank 0 is the server.
+        size: processes.
+        group: of torch, for messages on the CPU; None where there is one process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.rank = rank
+        self.size = size
+        self._group = group
+
+    @classmethod
+    def of(cls, fabric: Fabric) -> World:
+        """The processes that Fabric has launched."""
+        if fabric.world_size == 1:
+            return cls()
+        return cls(fabric.global_rank, fabric.world_size, distributed.group.WORLD)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether this is the server's process."""
+        return self.rank == 0
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """Rank 0's value, on every rank.
+
+        Args:
+            make: called on rank 0 only; gives plain data, as
+                :func:`~fedlora.distributed.messages.encode` takes it.
+        """
+        if not self.is_zero:
+            length = torch.zeros(1, dtype=torch.int64)
+            self._wait(distributed.broadcast(length, 0, self._group, async_op=True))
+            message = torch.empty(int(length), dtype=torch.uint8)
+            self._wait(distributed.broadcast(message, 0, self._group, async_op=True))
+            return decode(message)
+        value = make()
+        if self.size > 1:
+            message = encode(value)
+            length = torch.tensor([len(message)])
+            self._wait(distributed.broadcast(length, 0, self._group, async_op=True))
+            self._wait(distributed.broadcast(message, 0, self._group, async_op=True))
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        count = torch.tensor([int(flag)])
+        self._wait(distributed.all_reduce(count, group=self._group, async_op=True))
+        return bool(count)
+
+    def barrier(self) -> None:
+        """Wait until all are here."""
+        self.any(False)
+
+    def add_up(self, tensor: Tensor) -> None:
+        """The sum over the ranks in the place of a tensor, on its own device."""
+        if self.size > 1:
+            with self._listening():
+                distributed.all_reduce(tensor)
+
+    def in_order(
+        self,
+        owners: Sequence[int],
+        compute: Callable[[int], T],
+        pack: Callable[[T], Any] = lambda result: result,
+        unpack: Callable[[int, Any], T] = lambda _, plain: plain,
+    ) -> Iterator[T]:
+        """Work spread over the ranks, its results in order on rank 0.
+
+        Each rank computes what is its own, in order, and waits for nobody: what comes before its
+        turn is kept, by whoever computed it, :data:`AHEAD` results at most.
+
+        Args:
+            owners: the rank that computes each item.
+            compute: called with the number of an item, on its owner.
+            pack: a result as plain data.
+            unpack: the number of an item and plain data -> the result.
+
+        Yields:
+            On rank 0 every result; elsewhere nothing, but the work is done while it is consumed.
+        """
+        mine = deque(number for number, owner in enumerate(owners) if owner == self.rank)
+        if not self.is_zero:
+            self._send(mine, lambda number: pack(compute(number)))
+            return
+        kept: dict[int, T] = {}
+        for number, owner in enumerate(owners):
+            if owner == 0:
+                if number not in kept:
+                    kept[mine.popleft()] = compute(number)
+                yield kept.pop(number)
+                continue
+            while mine and len(kept) < AHEAD:  # the other may still be at it
+                ahead = mine.popleft()
+                kept[ahead] = compute(ahead)
+            yield unpack(number, self._receive(owner))
+
+    def _send(self, numbers: Sequence[int], compute: Callable[[int], Any]) -> None:
+        under_way: deque[tuple[Any, Any, Tensor]] = deque()
+        for number in numbers:
+            message = encode(compute(number))
+            with self._listening():
+                size = distributed.isend(torch.tensor([len(message)]), 0, self._group)
+                under_way.append((size, distributed.isend(message, 0, self._group), message))
+            if len(under_way) > AHEAD:
+                self._arrive(under_way)
+        while under_way:
+            self._arrive(under_way)
+
+    def _arrive(self, under_way: deque[tuple[Any, Any, Tensor]]) -> None:
+        size, content, _ = under_way.popleft()
+        self._wait(size)
+        self._wait(content)
+
+    def _receive(self, rank: int) -> Any:
+        length = torch.zeros(1, dtype=torch.int64)
+        self._wait(distributed.irecv(length, rank, self._group))
+        message = torch.empty(int(length), dtype=torch.uint8)
+        self._wait(distributed.irecv(message, rank, self._group))
+        return decode(message)
+
+    def _wait(self, work: Any) -> None:
+        with self._listening():
+            interruptibly(work.wait)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Turn what gloo and NCCL say of a process that is gone into our own error."""
+        try:
+            yield
+        except RuntimeError as error:
+            late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+            raise LostError(
+                "another process of the run did not answer in time (trainer.timeout)"
+                if late
+                else "another process of the run is gone"
+            ) from error
+
+    # What one says of its end, for those who notice that it is gone.
+
+    def report(self, error: BaseException) -> ElsewhereError | None:
+        """Tell rank 0 why this process ends; None where nobody can be told."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, ValueError):
+            text = f"{type(error).__name__}: {text}"
+        try:
+            _store().set(_key(self.rank), text)
+        except (RuntimeError, ValueError):  # rank 0 keeps the store and is gone
+            return None
+        return ElsewhereError(f"rank {self.rank}: {text}")
+
+    def last_words(self) -> FedloraError | None:
+        """What another rank said before it ended."""
+        try:
+            for rank in range(self.size):
+                if rank != self.rank and _store().check([_key(rank)]):
+                    return FedloraError(f"rank {rank}: {_store().get(_key(rank)).decode()}")
+        except (RuntimeError, ValueError):  # gone, or never there
+            pass
+        return None
+
+
+def interruptibly(wait: Callable[[], object]) -> None:
+    """Wait in a thread of its own: a main thread that waits in torch hears no signals."""
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            wait()
+        except BaseException as error:  # the caller's
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="wait for another process")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+
+
+def _key(rank: int) -> str:
+    return f"fedlora/end of rank {rank}"
+
+
+def _store() -> Any:
+    # The store that the processes found each other by: it answers when all else is broken.
+    return distributed.distributed_c10d._get_default_store()
