@@ -48,7 +48,8 @@ class KillAtClient(FederatedCallback):
 
 def make_model(**settings: Any) -> CLIPLoRAClassifier:
     settings = {"lora": LoRAConfig(r=4, lora_alpha=8), "head_lr": 1e-2} | settings
-    return CLIPLoRAClassifier(optimizer=partial(torch.optim.AdamW, lr=2e-3), **settings)
+    settings = {"optimizer": partial(torch.optim.AdamW, lr=2e-3)} | settings
+    return CLIPLoRAClassifier(**settings)
 
 
 def make_data(**settings: Any) -> FederatedDataModule:

@@ -116,7 +116,7 @@ WRONG = [
     (["fit", "--config", "clip_lora.yaml", "--model.lora.r=0"], 1, "lora.r must be a whole number from 1, got 0"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.clients_per_round=12"], 1, "between 1 and 10 (the number of clients), got 12"),
     (["fit", "--config", "clip_lora.yaml", "--trainer.averaging.precision=16-mixed", "--trainer.accelerator=cpu"], 1, "needs a GPU"),
-    (["fit", "--config", "clip_lora.yaml", "--trainer.devices=2"], 1, "runs on one device"),
+    (["fit", "--config", "clip_lora.yaml", "--trainer.devices=0"], 1, "trainer.devices must be at least 1 or auto, got 0"),
     (["fit", "--config", "clip_lora.yaml", "--model.lora.target_modules=[fc9]"], 1, "There are: mlp.fc1, mlp.fc2"),
     (["fit", "--config", "clip_lora.yaml", "--model.model_name=openai/clip-vit-base-patch32"], 1, "use 'tiny-clip'"),
     (["fit", "--config", "clip_lora.yaml", "--model.model_name=./nothing"], 1, "there is no such folder"),

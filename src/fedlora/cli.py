@@ -33,6 +33,7 @@ class FederatedCLI(LightningCLI):
     trainer: FederatedTrainer  # type: ignore[assignment]  # LightningCLI calls no more than its methods
 
     def __init__(self, args: Sequence[str]) -> None:
+        self._first = next(iter(args), None)
         options: dict[str, Any] = {"allow_abbrev": False, "exit_on_error": False}
         super().__init__(
             CLIPLoRAClassifier,
@@ -57,6 +58,14 @@ class FederatedCLI(LightningCLI):
         commands: Any = parser._subcommands_action
         for name, (_, description) in TOOLS.items():
             commands.add_subcommand(name, ArgumentParser(), help=description)
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """A command's parser, empty where another command comes first and so is the one to run."""
+        if self._first in COMMANDS and self._first != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The sections ``trainer``, ``model`` and ``data``."""
@@ -121,4 +130,6 @@ def _calm() -> None:
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+    for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

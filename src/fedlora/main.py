@@ -75,15 +75,16 @@ def _command(args: Sequence[str]) -> Callable[[], None]:
 def _imports() -> Iterator[None]:
     """Keep the collector of cyclic garbage away from what is imported.
 
-    That is half a million objects which stay. Looking through them again and again while they
+    That is nearly a million objects which stay. Looking through them again and again while they
     become more, and once more when the run has begun, takes a fifth of the time to its first step.
     """
+    first = "torch" not in sys.modules  # otherwise others have garbage, to be collected some day
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():  # once a process: others' garbage is to be collected
+        if first:
             gc.freeze()
         if collecting:
             gc.enable()

@@ -76,6 +76,8 @@ class Launcher(_SubprocessScriptLauncher):
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
             os.environ[PARENT] = str(os.getpid())
+            # Else torch prints where in its own code it noticed that one is gone.
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
             self._call_children_scripts()
             self._watch_children()
         elif os.environ.get(PARENT) == str(os.getppid()):
@@ -142,13 +144,12 @@ def explained(error: BaseException, world: World, fabric: Fabric) -> BaseExcepti
 
 def _of_loss(error: LostError, world: World, fabric: Fabric) -> BaseException:
     words = world.last_words()
-    if not world.is_zero:
-        return LostError(f"rank {world.rank}: {error}.") if words is None else ElsewhereError(words)
     if words is not None:
-        return words
+        return words if world.is_zero else ElsewhereError(str(words))
     launcher = fabric.strategy.launcher
     how = launcher.how_it_ended() if isinstance(launcher, Launcher) else ""
-    return LostError(f"{error}{how and f': {how}'}. Go on with fit --ckpt_path last.")
+    who = "" if world.is_zero else f"rank {world.rank}: "
+    return LostError(f"{who}{error}{how and f': {how}'}. Go on with fit --ckpt_path last.")
 
 
 def end(fabric: Fabric, failed: bool) -> None:

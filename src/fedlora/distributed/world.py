@@ -58,26 +58,25 @@ class World:
             make: called on rank 0 only; gives plain data, as
                 :func:`~fedlora.distributed.messages.encode` takes it.
         """
-        if not self.is_zero:
-            length = torch.zeros(1, dtype=torch.int64)
-            self._wait(distributed.broadcast(length, 0, self._group, async_op=True))
-            message = torch.empty(int(length), dtype=torch.uint8)
-            self._wait(distributed.broadcast(message, 0, self._group, async_op=True))
-            return decode(message)
-        value = make()
-        if self.size > 1:
-            message = encode(value)
-            length = torch.tensor([len(message)])
-            self._wait(distributed.broadcast(length, 0, self._group, async_op=True))
-            self._wait(distributed.broadcast(message, 0, self._group, async_op=True))
-        return value
+        value = make() if self.is_zero else None
+        if self.size == 1:
+            return value
+        message = encode(value) if self.is_zero else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([len(message)])
+        self._broadcast(length)
+        if self.is_zero:
+            self._broadcast(message)
+            return value
+        message = torch.empty(int(length), dtype=torch.uint8)
+        self._broadcast(message)
+        return decode(message)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
         count = torch.tensor([int(flag)])
-        self._wait(distributed.all_reduce(count, group=self._group, async_op=True))
+        self._wait(lambda: distributed.all_reduce(count, group=self._group, async_op=True))
         return bool(count)
 
     def barrier(self) -> None:
@@ -141,19 +140,22 @@ class World:
 
     def _arrive(self, under_way: deque[tuple[Any, Any, Tensor]]) -> None:
         size, content, _ = under_way.popleft()
-        self._wait(size)
-        self._wait(content)
+        self._wait(lambda: size)
+        self._wait(lambda: content)
 
     def _receive(self, rank: int) -> Any:
         length = torch.zeros(1, dtype=torch.int64)
-        self._wait(distributed.irecv(length, rank, self._group))
+        self._wait(lambda: distributed.irecv(length, rank, self._group))
         message = torch.empty(int(length), dtype=torch.uint8)
-        self._wait(distributed.irecv(message, rank, self._group))
+        self._wait(lambda: distributed.irecv(message, rank, self._group))
         return decode(message)
 
-    def _wait(self, work: Any) -> None:
+    def _broadcast(self, tensor: Tensor) -> None:
+        self._wait(lambda: distributed.broadcast(tensor, 0, self._group, async_op=True))
+
+    def _wait(self, begin: Callable[[], Any]) -> None:
         with self._listening():
-            interruptibly(work.wait)
+            interruptibly(begin().wait)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fedlora.distributed.messages import decode, encode
+from fedlora.state import AdapterState, Residual
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        -(2**62),
+        0.1 + 0.2,
+        5e-324,
+        math.inf,
+        "clé /\n",
+        [],
+        {},
+        {"a": [1, {"b": None}], 3: "three", "list": ["dict", ["tensor"]]},
+    ],
+    ids=str,
+)
+def test_plain_data_arrives_as_it_was(value: object) -> None:
+    arrived = decode(encode(value))
+    assert arrived == value
+    assert type(arrived) is type(value)
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    assert math.isnan(decode(encode({"loss": math.nan}))["loss"])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.uint8]
+)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 5), (2, 0, 3)])
+def test_tensors_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).mul(3).to(dtype)
+    # One byte before it: what follows must be found where it starts all the same.
+    odd, [arrived] = decode(encode([torch.ones(1, dtype=torch.uint8), [tensor]]))
+    assert odd.tolist() == [1]
+    assert arrived.dtype == dtype
+    assert arrived.shape == tensor.shape
+    assert torch.equal(arrived, tensor)
+
+
+def test_a_view_arrives_whole() -> None:
+    tensor = torch.arange(12.0).view(3, 4)
+    arrived = decode(
+        encode({"T": tensor.T, "row": tensor[1, ::2], "grad": tensor.requires_grad_()})
+    )
+    assert torch.equal(arrived["T"], tensor.T)
+    assert arrived["row"].tolist() == [4, 6]
+    assert not arrived["grad"].requires_grad
+
+
+def test_arrived_tensors_share_no_memory() -> None:
+    one, other = decode(encode([torch.ones(4), torch.ones(4)]))
+    one.zero_()
+    assert other.tolist() == [1] * 4
+    assert other.untyped_storage().nbytes() == 16  # else a checkpoint would hold the whole message
+
+
+def test_an_adapter_arrives_to_the_bit() -> None:
+    state = AdapterState(
+        A={"x": torch.randn(2, 3)},
+        B={"x": torch.randn(4, 2)},
+        other={"head": torch.randn(5)},
+        scaling={"x": 1 / 3},
+        residual={
+            "x": Residual(torch.randn(4, 3)),
+            "y": Residual(torch.randn(4, 1), torch.ones(1, 3)),
+        },
+    )
+    arrived = AdapterState.from_dict(decode(encode(state.to_dict())))
+    assert arrived.scaling == state.scaling
+    for name, tensor in state.tensors():
+        assert torch.equal(dict(arrived.tensors())[name], tensor)
+    for name, residual in state.residual.items():
+        assert torch.equal(arrived.residual[name].dense(), residual.dense())
+        assert arrived.residual[name].nbytes == residual.nbytes
+
+
+def test_anything_else_is_refused() -> None:
+    with pytest.raises(TypeError, match="set is no plain data"):
+        encode({"a": {1, 2}})
