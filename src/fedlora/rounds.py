@@ -77,12 +77,18 @@ class Rounds:
         """The figure that says how good a round was, unless another is asked for."""
         return "clients/acc_mean" if self.personal else "val/acc"
 
+    @property
+    def keeps(self) -> int:
+        """Bytes of what stays with a client, on disk; 0 where nothing does."""
+        rnd = self.round(self.trainer.server.round_idx)
+        rank = max(client.rank for client in self.clients)
+        return self.engine.kept_nbytes(self.rule, rnd, rank)
+
     def storage(self) -> Storage:
         """What stays with the clients, in bytes on disk."""
         rnd = self.round(self.trainer.server.round_idx)
-        rank = max(client.rank for client in self.clients)
         return Storage(
-            self.engine.kept_nbytes(self.rule, rnd, rank),
+            self.keeps,
             min(rnd.num_clients, rnd.cohort * self.trainer.max_rounds),
             rnd.cohort,
             shutil.disk_usage(self.run.path).free,

@@ -17,7 +17,7 @@ from fedlora import artefacts, checkpoint, per_class
 from fedlora.distributed.devices import device_type, make_fabric, per_machine, set_threads
 from fedlora.distributed.launch import end, explained
 from fedlora.distributed.world import World
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, FedloraError
 from fedlora.federation import make_clients, make_rounds
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
@@ -100,15 +100,36 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
         trainer.lightning_module.start_from_adapter()
     trainer.rounds = rounds = make_rounds(trainer, run, clients)
     trainer.server = ServerState(AdapterState())
+    _check_alike(trainer.world, rounds)
     if saved is not None:
         rounds.resume(saved)
-        if _is_over(trainer) and artefacts.summary_round(run.summary) == trainer.server.round_idx:
+        if trainer.world.share(lambda: _is_finished(trainer, run)):
             trainer.progress.say(f"nothing to do: the run in {run.path} is finished.")
             return
     if trainer.world.is_zero:
         run.write_config(trainer.config_text)
+    _check_folder(trainer.world, rounds)
     with _log_file(run) if trainer.world.is_zero else nullcontext():
         _play(trainer, rounds, fresh=saved is None)
+
+
+def _check_alike(world: World, rounds: Rounds) -> None:
+    """Refuse processes that see other pictures or another model than rank 0."""
+    of_zero = world.share(lambda: rounds.identity)
+    if found := checkpoint.differences(of_zero, rounds.identity):
+        raise FedloraError(
+            f"rank {world.rank} has other data or another model than rank 0: {'; '.join(found)}. "
+            "Put the same files on every machine."
+        )
+
+
+def _check_folder(world: World, rounds: Rounds) -> None:
+    """Refuse a run folder that not all can read, where clients' states go there."""
+    if world.any(not rounds.run.path.is_dir()) and rounds.keeps:
+        raise FedloraError(
+            f"not every machine sees {rounds.run.path}, where the clients' states are kept. Set "
+            "trainer.default_root_dir to a folder on a shared disk."
+        )
 
 
 def _play(trainer: FederatedTrainer, rounds: Rounds, fresh: bool) -> None:
@@ -197,6 +218,11 @@ def _locked(
 
 def _is_over(trainer: FederatedTrainer) -> bool:
     return bool(trainer.server.finished) or trainer.server.round_idx >= trainer.max_rounds
+
+
+def _is_finished(trainer: FederatedTrainer, run: RunFolder) -> bool:
+    done = trainer.server.round_idx
+    return _is_over(trainer) and artefacts.summary_round(run.summary) == done
 
 
 def _finish(trainer: FederatedTrainer, rounds: Rounds) -> None:

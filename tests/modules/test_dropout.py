@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,3 +73,18 @@ def test_the_type_of_the_input_is_kept() -> None:
     dropout = KeyedDropout(0.5, "a")
     dropout.key = 1
     assert dropout(torch.ones(3, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_a_part_of_a_batch_has_its_part_of_the_mask() -> None:
+    dropout = KeyedDropout(0.5, "layer")
+    dropout.key = 3
+    x = torch.ones(7, 3, 5)
+    whole = dropout(x)
+    parts = []
+    for start, stop in ((0, 4), (4, 7)):
+        dropout.rows = SimpleNamespace(start=start, stop=stop, total=7)
+        parts.append(dropout(x[start:stop]))
+    assert torch.equal(torch.cat(parts), whole)
+    assert not torch.equal(whole[:3], whole[4:])
+    dropout.rows = None
+    assert not torch.equal(dropout(x[4:7]), parts[1])
