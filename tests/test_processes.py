@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr_datasets.partitioner import LinearPartitioner
 from lightning.pytorch.callbacks import EarlyStopping
 
 from fedlora import SCAFFOLD, Ditto, FedloraError, LoRAConfig
@@ -37,14 +36,14 @@ TEXT = {"head": "text", "towers": "both"}
 
 
 def unequal() -> dict[str, Any]:
-    """Four clients of 20 to 80 rows, so of 3 to 10 batches of 8, the last ones of all sizes."""
+    """Four clients of unequal rows, so of unequal batches, and evaluation in several batches."""
     return QUICK | {
         "num_clients": 4,
-        "partitioner": LinearPartitioner(4),
-        "n_shots": 15,
-        "client_val_fraction": 0.1,
-        "client_test_fraction": 0.1,
-        "eval_batch_size": 8,
+        "n_shots": 4,
+        "batch_size": 9,
+        "client_val_fraction": 0.03,
+        "client_test_fraction": 0.03,
+        "eval_batch_size": 12,
     }
 
 
@@ -120,7 +119,7 @@ def settings(name: str) -> dict[str, Any]:
         "text": {"rule": FedSALoRA(), "model": DROPOUT | sgd | TEXT},
         "one row": {"data": unequal() | {"batch_size": 1, "n_shots": 2}, "model": sgd},
     }
-    return {"limit_train_batches": 4, "max_rounds": 2, "data": unequal()} | scenarios[name]
+    return {"limit_train_batches": None, "max_rounds": 2, "data": unequal()} | scenarios[name]
 
 
 def play(root: Path, names: list[str], **extra: Any) -> None:

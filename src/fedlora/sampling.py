@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from statistics import NormalDist
@@ -38,7 +38,28 @@ def derive_seed(*keys: int | str) -> int:
         False
     """
     # repr() keeps 1 and "1" apart; the separator keeps ("ab", "c") and ("a", "bc") apart.
-    digest = hashlib.sha256("\x1f".join(repr(key) for key in keys).encode()).digest()
+    return _number(hashlib.sha256("\x1f".join(repr(key) for key in keys).encode()).digest())
+
+
+def derive_seeds(*keys: int | str, each: Iterable[int | str]) -> Iterator[int]:
+    """``derive_seed(*keys, one)`` for each of many, in less than half of the time.
+
+    Args:
+        keys: what all have in common.
+        each: the last keys.
+
+    Example:
+        >>> list(derive_seeds(0, "choose", each=[3])) == [derive_seed(0, "choose", 3)]
+        True
+    """
+    begun = hashlib.sha256("".join(f"{key!r}\x1f" for key in keys).encode())
+    for key in each:
+        whole = begun.copy()
+        whole.update(repr(key).encode())
+        yield _number(whole.digest())
+
+
+def _number(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -203,7 +224,9 @@ def plan(
 def _ranked(clients: Sequence[Client], rnd: Round) -> list[Client]:
     """The clients as the round looks for them."""
     # Ranking each client by its own hash needs no generator and does not depend on list order.
-    return sorted(clients, key=lambda c: derive_seed(rnd.seed, "choose", rnd.idx, c.id))
+    ids = (client.id for client in clients)
+    hashes = list(derive_seeds(rnd.seed, "choose", rnd.idx, each=ids))
+    return [clients[place] for place in sorted(range(len(clients)), key=hashes.__getitem__)]
 
 
 def _in_order(clients: Sequence[Client], some: Sequence[Client]) -> list[Client]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,17 +55,16 @@ class Records(FederatedCallback):
 
     ``clients.csv`` grows as clients end, ``metrics.csv`` is written anew from the history after
     each round, with a column at its end for each further figure that a row has. On resume rows of
-    rounds that will be played again are dropped. ``skipped.csv`` lists pictures that could not be
-    read, where they are left out.
+    rounds that will be played again are dropped, one row in memory at a time. ``skipped.csv`` lists
+    pictures that could not be read, where they are left out. Only the first process writes.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the tables, or mend those of the run that is resumed."""
-        path, done = trainer.rounds.run.clients_csv, trainer.server.round_idx
-        kept = [
-            row for row in read_rows(path) if row["round"].isdigit() and int(row["round"]) <= done
-        ]
-        _write(path, CLIENTS, kept)
+        if not trainer.is_global_zero:
+            return
+        path = trainer.rounds.run.clients_csv
+        _write(path, CLIENTS, _played(read_rows(path), trainer.server.round_idx))
         _write_metrics(trainer)
         skipped = trainer.datamodule.holdings.skipped
         if skipped:
@@ -74,6 +74,8 @@ class Records(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
     ) -> None:
         """Append the client's row."""
+        if not trainer.is_global_zero:
+            return
         _append(
             trainer,
             update.client,
@@ -92,12 +94,16 @@ class Records(FederatedCallback):
         down_nbytes: int,
     ) -> None:
         """Append a row that says why there is nothing from the client."""
+        if not trainer.is_global_zero:
+            return
         _append(trainer, absence.client, status=absence.reason, down_bytes=down_nbytes)
 
     def on_round_end(
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, row: Row
     ) -> None:
         """Write the history and tell the loggers."""
+        if not trainer.is_global_zero:
+            return
         _write_metrics(trainer)
         values = {
             name: value for name, value in row.items() if value is not None and name != "round"
@@ -121,12 +127,34 @@ def _append(trainer: FederatedTrainer, client: Client, **values: float | str) ->
         csv.DictWriter(file, CLIENTS, lineterminator="\n").writerow(row)
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a CSV file; a last line torn by a kill is left out."""
+def read_rows(path: Path) -> Iterator[dict[str, str]]:
+    """The whole rows of a CSV file, one after the other; a last line torn by a kill is left out."""
     if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+        return
+    whole = _ends_with_a_line(path)
+    # A kill may tear a character, too: that must not stop a run from going on.
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        before: dict[str, str] | None = None
+        for row in csv.DictReader(file):
+            if before is not None:
+                yield before
+            before = None if None in row.values() or None in row else row
+        if before is not None and whole:
+            yield before
+
+
+def _ends_with_a_line(path: Path) -> bool:
+    """Whether the last line is whole: a torn one can have all of its columns."""
+    with path.open("rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read() == b"\n"
+
+
+def _played(rows: Iterable[dict[str, str]], done: int) -> Iterator[dict[str, str]]:
+    """The rows of rounds that will not be played again."""
+    return (row for row in rows if row["round"].isdigit() and int(row["round"]) <= done)
 
 
 def _write_metrics(trainer: Any) -> None:

@@ -111,15 +111,47 @@ def partition(
     elif count > len(pool):
         raise FedloraError(_too_many(count, len(pool)))
     with _quietly(partitioner, dataset, count):
-        parts = [
-            np.asarray(working.load_partition(i)["row"][:], dtype=np.int64) for i in range(count)
-        ]
+        parts = list(_load(working, count))
     if len(np.unique(np.concatenate(parts))) != sum(map(len, parts)):
         raise FedloraError(
             f"{type(partitioner).__name__} gives one picture to several clients. Use a "
             "partitioner that divides rows."
         )
     return parts
+
+
+def _load(partitioner: Partitioner, count: int) -> Iterator[Rows]:
+    """The rows of each of its parts."""
+    for i in range(count):
+        yield np.asarray(partitioner.load_partition(i)["row"][:], dtype=np.int64)
+        # Those of the library have decided everything by now, and only select from then on: a data
+        # set of each part would take longer than all else, seconds for thousands of clients.
+        if not i and type(partitioner).__module__.startswith("flwr_datasets."):
+            vars(partitioner)["_dataset"] = _Selection(partitioner.dataset)
+
+
+class _Selection:
+    """A data set that selects rows as arrays; in all else it is the data set."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+        self.rows: Rows = np.asarray(dataset["row"][:], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dataset, name)
+
+    def select(self, indices: Sequence[int]) -> dict[str, Rows]:
+        """The rows at some places."""
+        return {"row": self.rows[np.asarray(indices, dtype=np.int64)]}
+
+    def shard(self, num_shards: int, index: int, contiguous: bool) -> dict[str, Rows]:
+        """One of so many pieces, the first ones longer by one where it does not come out even."""
+        length, longer = divmod(len(self.rows), num_shards)
+        start = length * index + min(index, longer)
+        return {"row": self.rows[start : start + length + (index < longer)]}
 
 
 def _by_site(site: NDArray[np.str_], pool: Rows, num_clients: int | None) -> list[Rows]:

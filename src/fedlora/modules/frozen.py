@@ -61,3 +61,12 @@ def keep_frozen_in(dtype: torch.dtype, model: nn.Module, learned: Container[int]
         for parameter in (weight, module._parameters.get("bias")):
             if parameter is not None and id(parameter) not in learned:
                 parameter.data = parameter.data.to(dtype)
+    if dtype == torch.bfloat16:
+        _leave_the_file(model)
+
+
+def _leave_the_file(model: nn.Module) -> None:
+    """Copy what is not cast: a file that transformers maps stays in memory while any is in use."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.dtype != torch.bfloat16:
+            parameter.data = parameter.data.clone()
