@@ -82,7 +82,9 @@ def write_summary(rounds: Rounds, test: Mapping[str, float | None]) -> dict[str,
         "seed": trainer.seed,
         "threads": torch.get_num_threads(),
         "device": str(trainer.fabric.device),
+        "processes": trainer.world.size,
         "precision": trainer.averaging.precision,
+        "base_dtype": trainer.averaging.base_dtype,
         "versions": versions(),
     }
     write_json(rounds.run.summary, summary)

@@ -10,14 +10,18 @@ from fedlora.modules.served import ServedWeights
 from fedlora.state import Residual
 
 
-class Layer:
+class Layer(nn.Module):
     """What is asked of PEFT's layers here."""
 
     def __init__(self, base: nn.Module) -> None:
+        super().__init__()
         self.base = base
 
     def get_base_layer(self) -> Any:
         return self.base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x)
 
 
 def make(*bases: nn.Module) -> ServedWeights:
@@ -57,12 +61,7 @@ def test_a_kernel_is_served_as_a_matrix(memory_format: torch.memory_format) -> N
 @pytest.mark.parametrize(
     ("dtype", "computed"),
     # W0 + R is computed in float32 at least, and rounded once.
-    [
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-    ],
+    [(torch.float64, torch.float64), (torch.float32, torch.float32)],
     ids=str,
 )
 def test_the_sum_is_rounded_once(dtype: torch.dtype, computed: torch.dtype) -> None:
@@ -142,3 +141,61 @@ def test_the_pristine_weight_is_a_copy_only_where_it_is_needed() -> None:
 )
 def test_residuals_that_do_not_fit(residual: dict[str, Residual], fault: str | None) -> None:
     assert list(make(conv()).faults(residual)) == ([] if fault is None else [fault])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_16_bit_weight_stays_as_it_is(dtype: torch.dtype) -> None:
+    layer = nn.Linear(6, 5).to(dtype)
+    W0, R = layer.weight.detach().clone(), torch.full((5, 6), 1e-6)  # far below a step of W0
+    served = make(layer)
+    served.serve({"0": Residual(R)})
+    assert torch.equal(layer.weight, W0)
+    assert torch.equal(served.weight("0"), W0.float() + R)
+    assert not torch.equal(served.weight("0"), W0.float())
+    assert torch.equal(served.pristine("0"), W0)
+    assert served._pristine == {}  # no copy of what nobody changes
+    served.serve({})
+    assert not served.layers["0"]._forward_hooks
+    assert torch.equal(served.weight("0"), W0)
+
+
+def test_a_weight_may_get_another_type_in_between() -> None:
+    """Inside a float32 weight, beside a 16-bit one, whatever came before."""
+    layer = nn.Linear(6, 5, bias=False)
+    W0 = layer.weight.data.bfloat16().float().clone()
+    layer.weight.data.copy_(W0)
+    served, residual, x = make(layer), {"0": Residual(torch.randn(5, 6))}, torch.randn(3, 6)
+    hooks = served.layers["0"]._forward_hooks
+    want = x @ (W0 + residual["0"].U).T
+    served.serve(residual)
+    layer.bfloat16()  # of the sum: rounded
+    served.serve(residual)
+    assert torch.equal(layer.weight, W0.bfloat16())
+    assert len(hooks) == 1
+    layer.float()
+    torch.testing.assert_close(served.layers["0"](x), want)  # beside, until served anew
+    torch.testing.assert_close(served.weight("0"), W0 + residual["0"].U)
+    served.serve(residual)
+    assert not hooks
+    torch.testing.assert_close(layer(x), want)
+    served.serve({})
+    assert torch.equal(layer.weight, W0)
+
+
+@pytest.mark.parametrize("end", ["serve", "forget", "settle"])
+def test_nothing_is_left_beside_a_weight(end: str) -> None:
+    layer = nn.Linear(6, 5).bfloat16()
+    W0, served, x = layer.weight.detach().clone(), make(layer), torch.randn(3, 6).bfloat16()
+    before, residual = served.layers["0"](x), {"0": Residual(torch.ones(5, 2), torch.ones(2, 6))}
+    served.serve(residual)
+    assert not torch.equal(served.layers["0"](x), before)
+    if end == "serve":
+        served.serve({})
+    elif end == "settle":
+        served.settle()
+    else:
+        assert served.forget() == residual
+    assert not served.layers["0"]._forward_hooks
+    assert served.residual == {}
+    assert torch.equal(layer.weight, W0)
+    assert torch.equal(served.layers["0"](x), before)
