@@ -22,6 +22,7 @@ from dataclasses import asdict
 from functools import cached_property, wraps
 from pathlib import Path
 from statistics import median
+from threading import get_ident
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,8 @@ class Patterns(ImageSource):
 class Clock:
     """Adds up the time in some functions, each without that of the others that it calls.
 
+    What other threads do counts where this one waits for them.
+
     Attributes:
         seconds: by what they are called.
         calls: likewise.
@@ -118,18 +121,31 @@ class Clock:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
         self._inner = [0.0]
+        self._whole = False
+        self._thread = get_ident()
 
-    def watch(self, owner: Any, name: str, label: str) -> None:
-        """Put a stopwatch around a function of a module or a class."""
+    def watch(self, owner: Any, name: str, label: str, whole: bool = False) -> None:
+        """Put a stopwatch around a function of a module or a class.
+
+        Args:
+            owner: the module or class.
+            name: the function.
+            label: what it is called.
+            whole: with that of the others that it calls, whose own watches stand still.
+        """
         function: Callable[..., Any] = getattr(owner, name)
 
         @wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if self._whole or get_ident() != self._thread:
+                return function(*args, **kwargs)
             began = time.perf_counter()
             self._inner.append(0.0)
+            self._whole = whole
             try:
                 return function(*args, **kwargs)
             finally:
+                self._whole = False
                 spent = time.perf_counter() - began
                 self.seconds[label] += spent - self._inner.pop()
                 self.calls[label] += 1

@@ -47,6 +47,12 @@ SETTINGS = (("32-true", "float32"), ("bf16-mixed", "float32"), ("bf16-mixed", "b
 ON_GPU = (*SETTINGS, ("16-mixed", "float32"))
 
 
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (the most since it was cleared) of this process, in bytes."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
 class Meter:
     """Memory of this process, or of the GPU, in bytes."""
 
@@ -61,7 +67,7 @@ class Meter:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
-        now = self._of_process("VmRSS")
+        now = resident("VmRSS")
         CLEAR.write_text("5")
         return now
 
@@ -69,11 +75,7 @@ class Meter:
         """The most that was held since."""
         import torch
 
-        return torch.cuda.max_memory_allocated() if self.gpu else self._of_process("VmHWM")
-
-    def _of_process(self, field: str) -> int:
-        line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
+        return torch.cuda.max_memory_allocated() if self.gpu else resident("VmHWM")
 
 
 def measure(folder: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:

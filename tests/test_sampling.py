@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fedlora import sampling
 from fedlora.errors import FedloraError
-from fedlora.sampling import Plan, Sampling, choose, derive_seed, plan
+from fedlora.sampling import Plan, Sampling, choose, derive_seed, derive_seeds, plan
 from fedlora.state import Client, Round
 
 CLIENTS = [Client(number, 10 + number) for number in range(10)]
@@ -342,6 +342,14 @@ def test_the_ends_of_the_draws_are_numbers(monkeypatch, seed, players):
     assert len(absent(plan(CLIENTS, Round(0, 0, 10, 10), away, samples), reason)) == 10
 
 
+@given(
+    st.lists(st.integers(0) | st.text(max_size=3), max_size=3),
+    st.lists(st.integers(0) | st.text(max_size=3)),
+)
+def test_seeds_of_many_are_those_of_each(keys, each):
+    assert list(derive_seeds(*keys, each=each)) == [derive_seed(*keys, key) for key in each]
+
+
 def test_a_big_federation_is_hashed_once(monkeypatch):
     drawn = Counter()
 
@@ -349,7 +357,11 @@ def test_a_big_federation_is_hashed_once(monkeypatch):
         drawn[keys[1]] += 1
         return derive_seed(*keys)
 
+    def counted_each(*keys, each):
+        return (counted(*keys, key) for key in each)
+
     monkeypatch.setattr(sampling, "derive_seed", counted)
+    monkeypatch.setattr(sampling, "derive_seeds", counted_each)
     clients = [Client(number, 1) for number in range(10_000)]
     plan(clients, Round(0, 0, 10_000, 100), Sampling(), samples)
     assert drawn == {"choose": 10_000}

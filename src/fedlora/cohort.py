@@ -71,16 +71,17 @@ class Cohort:
 
     def _averaged(self, updates: Iterable[ClientUpdate], planned: Plan, rnd: Round) -> Averaged:
         trainer, before = self.trainer, self.trainer.server.adapter
-        meter = AggregationMeter()
+        own = self.rule.stays(before, rnd)
+        # There is no one average of layers that are the clients' own.
+        meter = None if own.A or own.B else AggregationMeter()
         self.tally = tally = Tally(rnd, trainer.min_clients if planned.players else 0)
-        seen = tally.watch(meter.watch(self._announce(updates)))
+        told = self._announce(updates)
+        seen = tally.watch(meter.watch(told) if meter else told)
         adapter = trainer.averaging.average(before, seen, rnd)
         for _ in seen:  # a rule that stops early must still let every client train
             pass
         _check_finite(adapter, rnd)
-        own = self.rule.stays(adapter, rnd)
-        # There is no one average of layers that are the clients' own.
-        figures = Figures() if own.A or own.B else meter.figures(adapter)
+        figures = meter.figures(adapter) if meter else Figures()
         report: Report = {
             "round": rnd.idx + 1,
             "train/loss": tally.loss,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import csv
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,16 +14,82 @@ from fedlora.callbacks.records import CLIENTS, METRICS, Records, read_rows
 from fedlora.run_folder import RunFolder
 from tests.runs import fit
 
+WHOLE = dict.fromkeys(CLIENTS, "7") | {"id": "0", "name": 'north, "old"\nquay'}
 
-def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "clients.csv"
-    whole = dict.fromkeys(CLIENTS, "7") | {"id": "0"}
-    path.write_text(f"{','.join(CLIENTS)}\n{','.join(whole.values())}\n1,1,,4")
-    assert read_rows(path) == [whole]
+
+def line(row: dict[str, str]) -> str:
+    quoted = (value.replace('"', '""') for value in row.values())
+    return ",".join(f'"{value}"' for value in quoted) + "\n"
+
+
+def table(path: Path, text: str) -> Path:
+    path.write_text(f"{','.join(CLIENTS)}\n{text}", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "torn",
+    [b"", b"8,1,,4", *(line(WHOLE).encode()[:end] for end in (-1, -2, 20)), "8,1,ø".encode()[:-1]],
+)
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path: Path, torn: bytes) -> None:
+    path = table(tmp_path / "clients.csv", line(WHOLE))
+    with path.open("ab") as file:
+        file.write(torn)
+    assert list(read_rows(path)) == [WHOLE]
 
 
 def test_a_missing_table_has_no_rows(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / "clients.csv") == []
+    assert list(read_rows(tmp_path / "clients.csv")) == []
+    (tmp_path / "clients.csv").touch()
+    assert list(read_rows(tmp_path / "clients.csv")) == []
+
+
+def stub(run: RunFolder, first: bool = True, **server: Any) -> Any:
+    """As much of a trainer as the records look at."""
+    skipped = server.pop("skipped", {})
+    return SimpleNamespace(
+        is_global_zero=first,
+        rounds=SimpleNamespace(run=run),
+        datamodule=SimpleNamespace(holdings=SimpleNamespace(skipped=skipped)),
+        server=SimpleNamespace(**{"history": ({"round": 0},), "round_idx": 0, **server}),
+        loggers=[],
+    )
+
+
+def test_a_resume_drops_what_will_be_played_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    rounds = [WHOLE | {"round": str(number), "id": str(number)} for number in (1, 1, 2, 2, 3, 3)]
+    text = "".join(map(line, rounds))
+    table(run.clients_csv, f"{text}4,0,,7,4,answ")
+    Records().on_fit_start(stub(run, round_idx=2), None)
+    assert list(read_rows(run.clients_csv)) == rounds[:4]
+    again = run.clients_csv.read_bytes()
+    Records().on_fit_start(stub(run, round_idx=2), None)
+    assert run.clients_csv.read_bytes() == again
+    assert sorted(tmp_path.iterdir()) == [run.clients_csv, run.metrics]
+
+
+def test_a_resume_holds_one_row_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    table(run.clients_csv, line(WHOLE) * 5_000)
+    tracemalloc.start()
+    try:
+        Records().on_fit_start(stub(run, round_idx=7), None)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(1 for _ in read_rows(run.clients_csv)) == 5_000
+    assert peak < run.clients_csv.stat().st_size  # as dictionaries the rows take many times that
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    trainer, records = stub(RunFolder(tmp_path), first=False, skipped={"a.png": "empty"}), Records()
+    update: Any = SimpleNamespace()
+    records.on_fit_start(trainer, None)
+    records.on_client_end(trainer, update, update)
+    records.on_client_absent(trainer, update, update, 0)
+    records.on_round_end(trainer, update, {"round": 0})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_further_figures_get_columns_at_the_end(tmp_path: Path) -> None:
@@ -30,13 +98,7 @@ def test_further_figures_get_columns_at_the_end(tmp_path: Path) -> None:
         {"round": 1, "val/acc": 0.75, "val/auroc": 0.625, "fairness/gap": 0.125},
     )
     run = RunFolder(tmp_path)
-    trainer = SimpleNamespace(
-        rounds=SimpleNamespace(run=run),
-        datamodule=SimpleNamespace(holdings=SimpleNamespace(skipped={})),
-        server=SimpleNamespace(history=history[:1], round_idx=0),
-        loggers=[],
-    )
-    records = Records()
+    trainer, records = stub(run, history=history[:1]), Records()
     records.on_fit_start(trainer, None)
     assert columns(run.metrics) == [*METRICS, "val/auroc"]
     trainer.server = SimpleNamespace(history=history, round_idx=1)
@@ -59,13 +121,7 @@ def columns(path: Path) -> list[str]:
 def test_pictures_left_out_are_listed(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     skipped = {"north/a, b.png": "truncated", "south/ü.png": "the file is empty"}
-    trainer = SimpleNamespace(
-        rounds=SimpleNamespace(run=run),
-        datamodule=SimpleNamespace(holdings=SimpleNamespace(skipped=skipped)),
-        server=SimpleNamespace(history=({"round": 0},), round_idx=0),
-        loggers=[],
-    )
-    Records().on_fit_start(trainer, None)
+    Records().on_fit_start(stub(run, skipped=skipped), None)
     assert {row["picture"]: row["reason"] for row in read_rows(run.skipped)} == skipped
 
 
@@ -104,13 +160,13 @@ def test_the_figures_are_in_tensorboard(run: FederatedTrainer) -> None:
 
 def test_a_personal_rule_leaves_the_figures_empty(tmp_path: Path) -> None:
     trainer = fit(tmp_path, FedSALoRA(), max_rounds=1, limit_train_batches=1)
-    table = read_rows(trainer.run.metrics)
-    assert len(table) == 2
-    assert {row[name] for row in table for name in FIGURES} == {""}
+    rows = list(read_rows(trainer.run.metrics))
+    assert len(rows) == 2
+    assert {row[name] for row in rows for name in FIGURES} == {""}
 
 
 def test_each_client_has_a_row_with_its_rank(run: FederatedTrainer) -> None:
-    table = read_rows(run.run.clients_csv)
-    assert [(row["round"], row["id"], row["rank"]) for row in table] == [
+    rows = read_rows(run.run.clients_csv)
+    assert [(row["round"], row["id"], row["rank"]) for row in rows] == [
         (str(number), str(client), "4") for number in (1, 2) for client in (0, 1, 2)
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fedlora.data.division import divide, stratified
-from fedlora.data.partition import by_value, default_partitioner
+from fedlora.data.partition import by_value, default_partitioner, partition
 from fedlora.data.sources.base import ImageTable
 
 
@@ -159,6 +159,52 @@ def flwr(name, *args, **kwargs):
     import flwr_datasets.partitioner
 
     return getattr(flwr_datasets.partitioner, name)(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("IidPartitioner", [7]),  # 432 rows: 5 of 62 and 2 of 61
+        ("DirichletPartitioner", [5, "label", 0.5]),
+        ("PathologicalPartitioner", [5, "label", 2]),
+        ("ShardPartitioner", [5, "label", 3, 20]),  # sorts first
+        ("SizePartitioner", [[5, 1, 300]]),
+        ("ExponentialPartitioner", [4]),
+        ("InnerDirichletPartitioner", [[50] * 5, "label", 0.5]),
+        ("ContinuousPartitioner", [5, "label", 0.3]),
+        ("DistributionPartitioner", [np.arange(1, 11).reshape(5, 2), 5, 2, "label", 1]),
+        ("NaturalIdPartitioner", ["site"]),
+        ("GroupedNaturalIdPartitioner", ["site", 2]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_rows_are_those_that_the_library_selects(name, args):
+    from datasets import Dataset
+
+    of = table(site=np.array([f"site {row % 7}" for row in range(600)]))
+    pool = np.random.default_rng(0).permutation(600)[:432]
+    ours, theirs = (flwr(name, *args) for _ in range(2))
+    theirs.dataset = Dataset.from_dict(
+        {"row": pool, "label": of.labels[pool], "site": of.site[pool].tolist()}
+    )
+    parts = partition(of, pool, None, ours, seed=0)
+    assert len(parts) == theirs.num_partitions
+    for i, rows in enumerate(parts):
+        assert rows.dtype == np.int64
+        assert rows.tolist() == theirs.load_partition(i)["row"][:]
+
+
+def test_a_partitioner_of_ones_own_gets_data_sets():
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    class Own(IidPartitioner):
+        def load_partition(self, partition_id):
+            assert isinstance(self.dataset, Dataset)
+            return self.dataset.filter(lambda row: row["row"] % self.num_partitions == partition_id)
+
+    parts = partition(table(), np.arange(30), 3, Own(3), seed=0)
+    assert [rows.tolist() for rows in parts] == [list(range(i, 30, 3)) for i in range(3)]
 
 
 @pytest.mark.parametrize(
