@@ -27,7 +27,9 @@ from fedlora.modules.loading import resolve
 SIZES = {"tiny": "tiny-clip", "folder": resolve("tiny-clip"), "vit-b32": ""}
 
 
-@pytest.fixture(scope="module", params=list(SIZES))
+@pytest.fixture(
+    scope="module", params=["tiny", "folder", pytest.param("vit-b32", marks=pytest.mark.slow)]
+)
 def model_name(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     if request.param != "vit-b32":
         return SIZES[request.param]

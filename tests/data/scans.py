@@ -23,7 +23,8 @@ class Scans(ImageSource):
     """Noise of unequal sizes that depends on a picture's name and version.
 
     ``log``: a file that gets a line per picture read; ``versions``: of those changed since;
-    ``bad``: name -> error; ``pause``: seconds per picture.
+    ``bad``: name -> error; ``pause``: seconds per picture; ``stuck``: the name of one that takes
+    longer than any test.
     """
 
     def __init__(self, log, n=40, place="/data/scans", pause=0.0):
@@ -31,6 +32,7 @@ class Scans(ImageSource):
         self.names = [f"{i:03d}.png" for i in range(n)]
         self.versions, self.bad, self.quiet = {}, {}, False
         self.log, self.pause, self._place = log, pause, place
+        self.stuck = ""
 
     class_names = property(lambda self: ["a", "b"])
     place = property(lambda self: self._place)
@@ -44,7 +46,7 @@ class Scans(ImageSource):
     def read(self, rows):
         out = []
         for row in rows:
-            time.sleep(self.pause)
+            time.sleep(600 if self.names[row] == self.stuck else self.pause)
             if not self.quiet:
                 with self.log.open("a") as file:
                     file.write(f"{self.names[row]}\n")

@@ -416,7 +416,7 @@ def _check(source, pictures):
 
 
 def test_killed_while_reading(source, folder, commit_always):
-    source.pause = 0.03  # long enough to be killed before the last picture
+    source.pause, source.stuck = 0.01, source.names[-1]  # killed before the last picture
     for least in (5, 15, 30):
         child = in_child(lambda: opened(source, folder))
         until(lambda least=least: len(_recorded(folder)) >= least)
@@ -424,6 +424,7 @@ def test_killed_while_reading(source, folder, commit_always):
         assert wait(child) == -9
     recorded = len(_recorded(folder))
     assert recorded >= 30
+    source.stuck = ""
     source.asked()
     assert source.right(opened(source, folder))
     assert len(source.asked()) == 40 - recorded
