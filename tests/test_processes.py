@@ -104,10 +104,7 @@ def settings(name: str) -> dict[str, Any]:
         "FFALoRA": {"max_rounds": 1, "rule": FFALoRA()},
         "FedExLoRA": {"rule": FedExLoRA()},
         "FedSALoRA": {"rule": FedSALoRA(), "clients_per_round": 3},
-        "SCAFFOLD": {
-            "callbacks": [SCAFFOLD()],
-            "model": {"optimizer": partial(torch.optim.SGD, lr=0.05)},
-        },
+        "SCAFFOLD": {"callbacks": [SCAFFOLD()], "model": sgd},
         "Ditto": {"callbacks": [Ditto()], "clients_per_round": 3},
         "Fails": {"callbacks": [Fails()], "on_client_error": "skip"},
         "stops": {"callbacks": [EarlyStopping("val/acc", mode="max", stopping_threshold=0.01)]},
@@ -119,11 +116,7 @@ def settings(name: str) -> dict[str, Any]:
         },
         "RoLoRA": {"rule": RoLoRA(), "model": DROPOUT | sgd},
         "text": {"max_rounds": 1, "rule": FedSALoRA(), "model": DROPOUT | sgd | TEXT},
-        "one row": {
-            "max_rounds": 1,
-            "data": unequal() | {"batch_size": 1, "n_shots": 2},
-            "model": sgd,
-        },
+        "one row": {"max_rounds": 1, "data": unequal() | single, "model": sgd},
     }
     return {"limit_train_batches": None, "max_rounds": 2, "data": unequal()} | scenarios[name]
 

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fedlora.callbacks.objective import Setting, check_objectives
+from fedlora.checkpoint import differences
+from fedlora.distributed.world import World
 from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
 from fedlora.engines.parallel import ClientParallelEngine
 from fedlora.engines.sequential import SequentialEngine
-from fedlora.errors import CheckpointError, FedloraError
+from fedlora.errors import CheckpointError, FedloraError, LostError
 from fedlora.personal import ClientStore
 from fedlora.ranks import assign_ranks
 from fedlora.rounds import Rounds
@@ -71,7 +73,11 @@ def _check_counts(trainer: FederatedTrainer, count: int) -> None:
 
 
 def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]) -> Rounds:
-    """What plays the rounds of a run."""
+    """What plays the rounds of a run, alike in every process.
+
+    Raises:
+        FedloraError: where a process has other data or another model than rank 0.
+    """
 
     def on_start(client: Client) -> None:
         trainer.call("on_client_start", client)
@@ -83,8 +89,9 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
     def leaves_out(error: Exception) -> bool:
         if isinstance(error, NonFiniteError):
             return trainer.on_nonfinite == "skip"
-        # What was kept for a client and cannot be read is no fault of the client.
-        return trainer.on_client_error == "skip" and not isinstance(error, CheckpointError)
+        # No fault of the client: what was kept for it cannot be read, another process is gone.
+        of_others = isinstance(error, CheckpointError | LostError)
+        return trainer.on_client_error == "skip" and not of_others
 
     def on_absent(absence: Absence, nbytes: int, error: Exception | None) -> None:
         trainer.rounds.cohort.miss(absence, nbytes, error)
@@ -114,4 +121,16 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
         leaves_out,
         trainer.world,
     )
-    return Rounds(trainer, run, engine, clients)
+    rounds = Rounds(trainer, run, engine, clients)
+    _check_alike(trainer.world, rounds)
+    return rounds
+
+
+def _check_alike(world: World, rounds: Rounds) -> None:
+    """Refuse processes that see other pictures or another model than rank 0."""
+    of_zero = world.share(lambda: rounds.identity)
+    if found := differences(of_zero, rounds.identity):
+        raise FedloraError(
+            f"rank {world.rank} has other data or another model than rank 0: {'; '.join(found)}. "
+            "Put the same files on every machine."
+        )

@@ -31,6 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fedlora {__version__}")
         return DONE
+    code = _outcome(args)
+    if code and not _is_first():
+        # One of many processes that are ended together: no second signal is to meet Python's end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _outcome(args: Sequence[str]) -> int:
     try:
         _run(args)
     except SystemExit as error:  # --help and --print_config end so
@@ -45,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Sequence[str]) -> None:
+    # Else torch prints where in its own code it noticed that another process is gone.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # An exception out of a signal handler can come out of a half-done import as something else.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _leave)

@@ -78,12 +78,8 @@ def _attach(trainer: FederatedTrainer) -> None:
     model, data, stage = trainer.lightning_module, trainer.datamodule, trainer.state.fn.value
     model.trainer = trainer  # type: ignore[assignment]  # it only reads the data module from it
     data.trainer = trainer  # type: ignore[assignment]
-    first = trainer.fabric.local_rank == 0
-    for turn in (True, False):  # one process of a machine reads and keeps the pictures for all
-        if first == turn:
-            data.prepare_data()
-            data.setup(stage)
-        trainer.world.barrier()
+    trainer.world.once("the data are prepared", data.prepare_data)
+    data.setup(stage)
     # The adapter's first values are a function of the seed alone.
     torch.manual_seed(derive_seed(trainer.seed, "init"))
     model.configure_model()
@@ -100,7 +96,6 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
         trainer.lightning_module.start_from_adapter()
     trainer.rounds = rounds = make_rounds(trainer, run, clients)
     trainer.server = ServerState(AdapterState())
-    _check_alike(trainer.world, rounds)
     if saved is not None:
         rounds.resume(saved)
         if trainer.world.share(lambda: _is_finished(trainer, run)):
@@ -111,16 +106,6 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     _check_folder(trainer.world, rounds)
     with _log_file(run) if trainer.world.is_zero else nullcontext():
         _play(trainer, rounds, fresh=saved is None)
-
-
-def _check_alike(world: World, rounds: Rounds) -> None:
-    """Refuse processes that see other pictures or another model than rank 0."""
-    of_zero = world.share(lambda: rounds.identity)
-    if found := checkpoint.differences(of_zero, rounds.identity):
-        raise FedloraError(
-            f"rank {world.rank} has other data or another model than rank 0: {'; '.join(found)}. "
-            "Put the same files on every machine."
-        )
 
 
 def _check_folder(world: World, rounds: Rounds) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from fedlora.state import AdapterState, Residual
         "clé /\n",
         [],
         {},
-        {"a": [1, {"b": None}], 3: "three", "list": ["dict", ["tensor"]]},
+        {"a": [1, {"b": None}], 3: "three", "both": (1, [2], {"c"}), "bytes": b"\x80"},
     ],
     ids=str,
 )
@@ -50,14 +51,13 @@ def test_tensors_arrive_to_the_bit(dtype: torch.dtype, shape: tuple[int, ...]) -
     assert torch.equal(arrived, tensor)
 
 
-def test_a_view_arrives_whole() -> None:
+def test_a_view_arrives_with_its_strides() -> None:
+    # A product of matrices has other last bits with other strides.
     tensor = torch.arange(12.0).view(3, 4)
-    arrived = decode(
-        encode({"T": tensor.T, "row": tensor[1, ::2], "grad": tensor.requires_grad_()})
-    )
+    arrived = decode(encode({"T": tensor.T, "row": tensor[1, ::2]}))
     assert torch.equal(arrived["T"], tensor.T)
+    assert arrived["T"].stride() == tensor.T.stride()
     assert arrived["row"].tolist() == [4, 6]
-    assert not arrived["grad"].requires_grad
 
 
 def test_arrived_tensors_share_no_memory() -> None:
@@ -87,6 +87,6 @@ def test_an_adapter_arrives_to_the_bit() -> None:
         assert arrived.residual[name].nbytes == residual.nbytes
 
 
-def test_anything_else_is_refused() -> None:
-    with pytest.raises(TypeError, match="set is no plain data"):
-        encode({"a": {1, 2}})
+def test_nothing_that_arrives_is_executed() -> None:
+    with pytest.raises(UnpicklingError):
+        decode(encode({"a": print}))

@@ -11,8 +11,8 @@ import torch
 from lightning.fabric import Fabric
 
 from fedlora.distributed.launch import ClientParallelStrategy, explained
-from fedlora.distributed.world import AHEAD, World
-from fedlora.errors import ElsewhereError, LostError
+from fedlora.distributed.world import AHEAD, MOST, World
+from fedlora.errors import ElsewhereError, FedloraError, LostError
 from tests.processes import in_processes
 
 
@@ -64,6 +64,10 @@ def exchange(folder: Path) -> None:
         if len(order) == 1:
             found["before the first"] = len(done)
     found |= {"order": order, "done": sorted(done)}
+    slow: list[int] = []
+    world.once("something", lambda: (time.sleep(0.5), slow.append(1)))
+    found["slow"] = slow
+    world.once("something", lambda: None)
     world.barrier()
     (folder / f"{world.rank}.json").write_text(json.dumps(found))
 
@@ -80,6 +84,45 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     assert one["done"] == [0, 1, 3, AHEAD + 9]
     assert sorted(zero["done"] + one["done"]) == list(range(AHEAD + 10))
     assert zero["before the first"] == AHEAD
+    assert (zero["slow"], one["slow"]) == ([1], [])
+
+
+def heavy(folder: Path) -> None:
+    _, world = launched()
+    done: list[int] = []
+
+    def compute(number: int) -> torch.Tensor:
+        done.append(number)
+        return torch.zeros(MOST // 2 + 1, dtype=torch.uint8)
+
+    for _ in world.in_order([1, 0, 0, 0, 0], compute, len, lambda _, n: n, lambda t: t.nbytes):
+        (folder / "first").write_text(str(len(done)))
+        os._exit(0)
+
+
+def test_large_results_are_not_hoarded(tmp_path: Path) -> None:
+    in_processes(heavy, tmp_path)
+    assert (tmp_path / "first").read_text() == "2"
+
+
+def again(folder: Path, size: int) -> None:
+    _, world = launched()
+    if size == 2:
+        world.report(KeyError("x"))
+        world.barrier()
+    fabric = Fabric(accelerator="cpu", devices=size, strategy=ClientParallelStrategy("gloo", 5.0))
+    try:
+        fabric.launch(lambda _: None)
+    except FedloraError as error:
+        (folder / os.environ["LOCAL_RANK"]).write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("size", "said"), [(3, "runs on 2 processes already"), (2, "failed in this")]
+)
+def test_a_program_has_one_world(tmp_path: Path, size: int, said: str) -> None:
+    in_processes(again, tmp_path, size)
+    assert all(said in (tmp_path / rank).read_text() for rank in "01")
 
 
 def fails(folder: Path, how: str) -> None:

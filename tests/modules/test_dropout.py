@@ -80,10 +80,13 @@ def test_a_part_of_a_batch_has_its_part_of_the_mask() -> None:
     dropout.key = 3
     x = torch.ones(7, 3, 5)
     whole = dropout(x)
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)  # the same in another order in memory
+    assert torch.equal(dropout(turned), whole)
     parts = []
     for start, stop in ((0, 4), (4, 7)):
         dropout.rows = SimpleNamespace(start=start, stop=stop, total=7)
         parts.append(dropout(x[start:stop]))
+        assert torch.equal(dropout(turned[start:stop]), parts[-1])
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(whole[:3], whole[4:])
     dropout.rows = None

@@ -19,9 +19,11 @@ Factors = Literal["step", "corrected", "anew"]
 class Aggregator(ABC):
     """A published way to average adapters.
 
-    Called on rank 0, in client order. ``updates`` is produced while clients play, so a rule that
-    consumes it as a stream uses constant memory. A rule edits none of its arguments, and commits
-    state of its own only after the last update was consumed.
+    ``start`` and ``aggregate`` are called on rank 0, in client order; the other methods also where
+    a client plays, which may be another process: state that they use must be in ``state_dict``,
+    which is told to all before each round. ``updates`` is produced while clients play, so a rule
+    that consumes it as a stream uses constant memory. A rule edits none of its arguments, and
+    commits state of its own only after the last update was consumed.
 
     Attributes:
         exact: what is served after a round is ``sum_k p_k (R_k + s_k B_k A_k)``: promised here,

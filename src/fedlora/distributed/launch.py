@@ -19,13 +19,15 @@ from lightning.fabric.strategies.ddp import DDPStrategy
 
 # Lightning's own kills the main process when another ends, before that can say a word.
 from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch import distributed
 from torch.nn import Module
 
-from fedlora.distributed.world import World, interruptibly
-from fedlora.errors import ElsewhereError, LostError
+from fedlora.distributed.world import WAITING, World, interruptibly
+from fedlora.errors import ElsewhereError, FedloraError, LostError
 
 T = TypeVar("T")
 PARENT = "FEDLORA_PARENT"  # the environment variable by which a process knows who started it
+RESUME = "Go on with fit --ckpt_path last."
 GRACE_S = 3.0  # for a process to notice by itself that another is gone, or to end
 
 
@@ -49,12 +51,28 @@ class ClientParallelStrategy(DDPStrategy):
             self._launcher = Launcher(self.cluster_environment, self.num_processes, self.num_nodes)
 
     def _setup_distributed(self) -> None:
+        if distributed.is_initialized():  # by an earlier call in the same program
+            _check_same(self.num_processes * self.num_nodes)
         # Another process may end before it gets here.
         interruptibly(super()._setup_distributed)
 
     def setup_module(self, module: Module) -> Module:  # type: ignore[override]
         """The module as it is."""
         return module
+
+
+def _check_same(size: int) -> None:
+    there = distributed.get_world_size()
+    if there != size:
+        raise FedloraError(
+            f"this program runs on {there} processes already, not {size}. Give every trainer in it "
+            "the same devices and num_nodes, or start another program."
+        )
+    if World(0, there).last_words() is not None:
+        raise FedloraError(
+            "a run on several processes failed in this program, and they do not know of each other "
+            "any more. Start the program again."
+        )
 
 
 class Launcher(_SubprocessScriptLauncher):
@@ -81,7 +99,7 @@ class Launcher(_SubprocessScriptLauncher):
             self._call_children_scripts()
             self._watch_children()
         elif os.environ.get(PARENT) == str(os.getppid()):
-            threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
         return function(*args, **kwargs)
 
     def _watch_children(self) -> None:
@@ -99,6 +117,12 @@ class Launcher(_SubprocessScriptLauncher):
         time.sleep(GRACE_S)  # who waits for it hears of it sooner, and with its last words
         if not self._over and self._before is not None:
             signal.pthread_kill(waiting, signal.SIGUSR1)
+        time.sleep(3 * GRACE_S)
+        if not self._over:  # it hears nothing: it waits for a GPU that waits for the other
+            print(f"fedlora: {self.how_it_ended()}. {RESUME}", file=sys.stderr, flush=True)
+            for other in self.procs:
+                other.kill()
+            os._exit(1)
 
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         if not self._over:
@@ -119,9 +143,8 @@ class Launcher(_SubprocessScriptLauncher):
     def end(self, failed: bool) -> None:
         """Stop watching; where this process failed, the others end too."""
         self._over = True
-        if self._before is not None:
+        if callable(self._before):  # else ours stays, which does nothing now: a signal may come
             signal.signal(signal.SIGUSR1, self._before)
-            self._before = None
         if not failed:
             return
         for process in self.procs:
@@ -131,15 +154,30 @@ class Launcher(_SubprocessScriptLauncher):
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, until - time.monotonic()))
             process.kill()  # without effect on one that has ended
+            process.wait()
+        # They wait for nobody now. One that came back while Python ends would abort it.
+        for thread in threading.enumerate():
+            if thread.name == WAITING and self.procs:
+                thread.join(GRACE_S)
+
+    def _watch_parent(self, parent: int) -> None:
+        """End with the process that started this one: it may be long until the next message."""
+        while os.getppid() == parent and not self._over:
+            time.sleep(0.5)
+        time.sleep(GRACE_S)  # who waits for it hears of it sooner
+        if not self._over:
+            print("fedlora: rank 0 is gone, so this process ends too.", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def explained(error: BaseException, world: World, fabric: Fabric) -> BaseException | None:
     """What to raise in the place of an error that concerns other processes; None: itself."""
     if isinstance(error, LostError):
         return _of_loss(error, world, fabric)
-    if world.is_zero or not isinstance(error, Exception):
+    if world.size == 1 or not isinstance(error, Exception):
         return None
-    return world.report(error)
+    said = world.report(error)
+    return None if world.is_zero else said
 
 
 def _of_loss(error: LostError, world: World, fabric: Fabric) -> BaseException:
@@ -149,7 +187,7 @@ def _of_loss(error: LostError, world: World, fabric: Fabric) -> BaseException:
     launcher = fabric.strategy.launcher
     how = launcher.how_it_ended() if isinstance(launcher, Launcher) else ""
     who = "" if world.is_zero else f"rank {world.rank}: "
-    return LostError(f"{who}{error}{how and f': {how}'}. Go on with fit --ckpt_path last.")
+    return LostError(f"{who}{error}{how and f': {how}'}. {RESUME}")
 
 
 def end(fabric: Fabric, failed: bool) -> None:
@@ -157,12 +195,3 @@ def end(fabric: Fabric, failed: bool) -> None:
     launcher = fabric.strategy.launcher
     if isinstance(launcher, Launcher):
         launcher.end(failed)
-
-
-def _watch_parent(parent: int) -> None:
-    """End with the process that started this one: it may be a long way to the next message."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    time.sleep(GRACE_S)  # who waits for it hears of it sooner
-    print("fedlora: rank 0 is gone, so this process ends too.", file=sys.stderr, flush=True)
-    os._exit(1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 T = TypeVar("T")
-# Results that a process may keep until they are asked for: more would cost memory, fewer time.
+# Results that a process may keep until they are asked for, and their bytes: more would cost memory,
+# fewer time.
 AHEAD = 16
+MOST = 2**28
+POLL_S = 0.1
+WAITING = "wait for another process"  # name of a thread
 
 
 class World:
@@ -31,20 +36,27 @@ class World:
     Args:
         rank: this process, from 0; rank 0 is the server.
         size: processes.
-        group: of torch, for messages on the CPU; None where there is one process.
+        machine: the machine that this one is on, from 0.
+        is_first: whether it is the first of its machine.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, machine: int = 0, is_first: bool = True
+    ) -> None:
         self.rank = rank
         self.size = size
-        self._group = group
+        self.machine = machine
+        self.is_first = is_first
+        self._group: Any = None  # torch's default: all processes
 
     @classmethod
     def of(cls, fabric: Fabric) -> World:
         """The processes that Fabric has launched."""
         if fabric.world_size == 1:
             return cls()
-        return cls(fabric.global_rank, fabric.world_size, distributed.group.WORLD)
+        strategy: Any = fabric.strategy
+        machine = strategy.cluster_environment.node_rank()
+        return cls(fabric.global_rank, fabric.world_size, machine, fabric.local_rank == 0)
 
     @property
     def is_zero(self) -> bool:
@@ -83,11 +95,33 @@ class World:
         """Wait until all are here."""
         self.any(False)
 
+    def once(self, what: str, work: Callable[[], object]) -> None:
+        """Let the first process of each machine work; the others wait however long it takes.
+
+        Args:
+            what: is done then, in a word or two.
+            work: called in the first process only.
+        """
+        key = f"fedlora/{what} on machine {self.machine}"
+        if self.is_first:
+            work()
+            if self.size > 1:
+                _store().set(key, "")
+            return
+        while not _store().check([key]):
+            if (words := self.last_words()) is not None:
+                raise words
+            time.sleep(POLL_S)
+
     def add_up(self, tensor: Tensor) -> None:
         """The sum over the ranks in the place of a tensor, on its own device."""
-        if self.size > 1:
-            with self._listening():
-                distributed.all_reduce(tensor)
+        if self.size == 1:
+            return
+        if tensor.device.type == "cpu":
+            self._wait(lambda: distributed.all_reduce(tensor, async_op=True))
+            return
+        with self._listening():  # a GPU's is queued like any other work
+            distributed.all_reduce(tensor)
 
     def in_order(
         self,
@@ -95,17 +129,20 @@ class World:
         compute: Callable[[int], T],
         pack: Callable[[T], Any] = lambda result: result,
         unpack: Callable[[int, Any], T] = lambda _, plain: plain,
+        nbytes: Callable[[T], int] = lambda _: 0,
     ) -> Iterator[T]:
         """Work spread over the ranks, its results in order on rank 0.
 
         Each rank computes what is its own, in order, and waits for nobody: what comes before its
-        turn is kept, by whoever computed it, :data:`AHEAD` results at most.
+        turn is kept, by whoever computed it, at most :data:`AHEAD` results and, where that is more
+        than one, :data:`MOST` bytes.
 
         Args:
             owners: the rank that computes each item.
             compute: called with the number of an item, on its owner.
             pack: a result as plain data.
             unpack: the number of an item and plain data -> the result.
+            nbytes: of a result, as it is kept.
 
         Yields:
             On rank 0 every result; elsewhere nothing, but the work is done while it is consumed.
@@ -121,7 +158,7 @@ class World:
                     kept[mine.popleft()] = compute(number)
                 yield kept.pop(number)
                 continue
-            while mine and len(kept) < AHEAD:  # the other may still be at it
+            while mine and _is_room(map(nbytes, kept.values())):  # the other may still be at it
                 ahead = mine.popleft()
                 kept[ahead] = compute(ahead)
             yield unpack(number, self._receive(owner))
@@ -133,7 +170,7 @@ class World:
             with self._listening():
                 size = distributed.isend(torch.tensor([len(message)]), 0, self._group)
                 under_way.append((size, distributed.isend(message, 0, self._group), message))
-            if len(under_way) > AHEAD:
+            while under_way and not _is_room(message.nbytes for _, _, message in under_way):
                 self._arrive(under_way)
         while under_way:
             self._arrive(under_way)
@@ -184,14 +221,19 @@ class World:
         return ElsewhereError(f"rank {self.rank}: {text}")
 
     def last_words(self) -> FedloraError | None:
-        """What another rank said before it ended."""
+        """What a rank said before it ended."""
         try:
             for rank in range(self.size):
-                if rank != self.rank and _store().check([_key(rank)]):
+                if _store().check([_key(rank)]):
                     return FedloraError(f"rank {rank}: {_store().get(_key(rank)).decode()}")
         except (RuntimeError, ValueError):  # gone, or never there
             pass
         return None
+
+
+def _is_room(sizes: Iterable[int]) -> bool:
+    kept = list(sizes)
+    return not kept or (len(kept) < AHEAD and sum(kept) < MOST)
 
 
 def interruptibly(wait: Callable[[], object]) -> None:
@@ -204,7 +246,7 @@ def interruptibly(wait: Callable[[], object]) -> None:
         except BaseException as error:  # the caller's
             raised.append(error)
 
-    thread = threading.Thread(target=run, daemon=True, name="wait for another process")
+    thread = threading.Thread(target=run, daemon=True, name=WAITING)
     thread.start()
     thread.join()
     if raised:

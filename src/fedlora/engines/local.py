@@ -218,6 +218,8 @@ class LocalLoop:
         precision: Any = self.fabric.strategy.precision
         if getattr(precision, "scaler", None) is not None:
             precision.scaler = torch.amp.GradScaler(device=self.fabric.device.type)
+            # It has a scale only then: a process may come to its first step without any rows.
+            precision.scaler.scale(torch.zeros((), device=self.fabric.device))
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.

@@ -60,5 +60,6 @@ class ClientParallelEngine(SequentialEngine):
             lambda number: self.take_turn(players[number], plan, rnd, server, rule),
             Turn.to_dict,
             arrived,
+            lambda turn: turn.update.nbytes if turn.update else 0,
         )
         yield from zip(players, turns, strict=False)  # elsewhere than on rank 0 there are none

@@ -52,16 +52,12 @@ class KeyedDropout(nn.Module):
         if self.key is None:  # outside of the local loop, e.g. under lightning.Trainer
             return nn.functional.dropout(x, self.p)
         generator = torch.Generator(device=x.device).manual_seed(self.key ^ self.layer)
-        mask = self._empty_mask(x).bernoulli_(1.0 - self.p, generator=generator)
+        # Where the batch is spread over processes, that of the whole batch, to cut out of.
+        count = len(x) if self.rows is None else self.rows.total
+        mask = x.new_empty(count, *x.shape[1:]).bernoulli_(1.0 - self.p, generator=generator)
         if self.rows is not None:
             mask = mask[self.rows.start : self.rows.stop]
         return x * mask.div_(1.0 - self.p)
-
-    def _empty_mask(self, x: Tensor) -> Tensor:
-        # Where the batch is spread over processes, that of the whole batch, to cut out of.
-        return (
-            torch.empty_like(x) if self.rows is None else x.new_empty(self.rows.total, *x.shape[1:])
-        )
 
     def extra_repr(self) -> str:
         """What ``repr`` shows."""
