@@ -17,6 +17,7 @@ from fedlora.engines.evaluate import (
     ClientScore,
     evaluate_clients,
     evaluate_split,
+    rows_in_turns,
     spread,
 )
 from fedlora.errors import CheckpointError
@@ -184,15 +185,21 @@ class Rounds:
         chosen = participants if which == "participants" else self.clients
         if isinstance(which, int):
             chosen = choose(self.clients, replace(self.round(0), cohort=which))
-        scores = self.evaluate_clients(chosen, state)
+        data = self.engine.data
+        busy = rows_in_turns(len(data.holdings.division.val), data.eval_batch_size, self.world)
+        scores = self.evaluate_clients(chosen, state, busy=busy)
         return {**values, **spread(scores, "clients/")}
 
     def evaluate_clients(
-        self, clients: Sequence[Client], state: ServerState, split: Literal["val", "test"] = "val"
+        self,
+        clients: Sequence[Client],
+        state: ServerState,
+        split: Literal["val", "test"] = "val",
+        busy: Sequence[int] = (),
     ) -> dict[int, ClientScore]:
         """How each client does on its own rows, with the model that it uses; on rank 0."""
         rnd = self.round(state.round_idx)
-        return evaluate_clients(self.engine, clients, rnd, state, self.rule, split)
+        return evaluate_clients(self.engine, clients, rnd, state, self.rule, split, busy)
 
     def test(self, per_class: bool = False) -> Scores:
         """Metrics of the test split of the model as it is loaded; on rank 0."""

@@ -28,6 +28,7 @@ def test_equal_items_take_turns_from_rank_0() -> None:
     assert assign([1, 1, 1, 1, 1], 2) == [0, 1, 0, 1, 0]
     assert assign([1, 9, 1, 1], 2) == [1, 0, 1, 1]
     assert assign([], 3) == []
+    assert assign([1, 1, 1], 2, [5, 3]) == [1, 1, 0]
 
 
 def test_a_turn_arrives_with_all_that_rank_0_does_not_know() -> None:

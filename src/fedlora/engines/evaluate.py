@@ -56,6 +56,12 @@ def in_turns(
         yield {name: value.to(fabric.device) for name, value in out.items()}
 
 
+def rows_in_turns(rows: int, size: int, world: World) -> list[int]:
+    """Of rows in batches of a size, how many each process takes in :func:`in_turns`."""
+    starts = [range(rank * size, rows, world.size * size) for rank in range(world.size)]
+    return [sum(min(size, rows - start) for start in own) for own in starts]
+
+
 def _own_batches(batches: Iterable[Batch], world: World) -> tuple[int, Iterator[Batch]]:
     """The number of batches, and those whose turn is this process's."""
     if not isinstance(batches, DataLoader) or batches.batch_sampler is None:
@@ -148,10 +154,20 @@ def evaluate_clients(
     server: ServerState,
     rule: Aggregator,
     split: Literal["val", "test"] = "val",
+    busy: Sequence[int] = (),
 ) -> dict[int, ClientScore]:
     """Figures of each client's own validation or test rows, of the model that it uses.
 
     Where something stays with the clients that is their own model, elsewhere the common one.
+
+    Args:
+        engine: has the model and the data.
+        clients: whose.
+        rnd: the round.
+        server: the server's state.
+        rule: what averages the clients.
+        split: which of their rows.
+        busy: rows that each process is still at; empty: none.
 
     Returns:
         Client id -> its figures, for clients that have such rows; on rank 0, elsewhere nothing.
@@ -171,7 +187,7 @@ def evaluate_clients(
         return [float(values[name] or 0.0) for name in ("acc", "loss")]
 
     # A client whole on one process: its figures do not depend on how many there are.
-    owners = assign([rows(client) for client in having], engine.world.size)
+    owners = assign([rows(client) for client in having], engine.world.size, busy)
     scores = zip(having, engine.world.in_order(owners, score), strict=False)
     found = {client.id: ClientScore(rows(client), *figures) for client, figures in scores}
     if personal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,10 @@ if TYPE_CHECKING:
     from fedlora.sampling import Plan
 
 
-def assign(costs: Sequence[int], size: int) -> list[int]:
+STEP = 8  # rows that take as long as what a step takes whatever its rows; on a CPU, roughly
+
+
+def assign(costs: Sequence[int], size: int, loads: Sequence[int] = ()) -> list[int]:
     """Who does what, so that all are done at about the same time.
 
     The longest first, each to whoever has least so far (Graham, "Bounds on Multiprocessing Timing
@@ -25,16 +27,18 @@ def assign(costs: Sequence[int], size: int) -> list[int]:
     Args:
         costs: of each item, in any unit.
         size: ranks.
+        loads: what each rank has to do besides; empty: nothing.
 
     Returns:
         The rank of each item; the same on every rank.
     """
-    loads = [(0, rank) for rank in range(size)]  # a heap: of equal loads the lowest rank
+    heap = list(zip(loads or [0] * size, range(size), strict=True))
+    heapq.heapify(heap)  # of equal loads the lowest rank
     owners = [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda number: -costs[number]):
-        load, rank = loads[0]
+        load, rank = heap[0]
         owners[item] = rank
-        heapq.heapreplace(loads, (load + costs[item], rank))
+        heapq.heapreplace(heap, (load + costs[item], rank))
     return owners
 
 
@@ -49,7 +53,7 @@ class ClientParallelEngine(SequentialEngine):
     ) -> Iterator[tuple[Client, Turn]]:
         """Every client's turn in their order, on rank 0."""
         players = plan.players
-        costs = [min(self.num_steps(c), plan.limits.get(c.id, sys.maxsize)) for c in players]
+        costs = [self._cost(client, plan.limits.get(client.id)) for client in players]
 
         def arrived(number: int, plain: dict[str, Any]) -> Turn:
             client, sent, _ = self.sent(players[number], rnd, server, rule)
@@ -63,3 +67,11 @@ class ClientParallelEngine(SequentialEngine):
             lambda turn: turn.update.nbytes if turn.update else 0,
         )
         yield from zip(players, turns, strict=False)  # elsewhere than on rank 0 there are none
+
+    def _cost(self, client: Client, limit: int | None) -> int:
+        """What a client's turn takes, in rows."""
+        per_epoch = self.data.num_batches(client)
+        batches = self.loop.num_batches(per_epoch)
+        if limit is not None:
+            batches = min(batches, limit * self.loop.accumulate)
+        return batches * (client.num_samples // max(per_epoch, 1) + STEP)
