@@ -47,7 +47,6 @@ class World:
         self.size = size
         self.machine = machine
         self.is_first = is_first
-        self._group: Any = None  # torch's default: all processes
 
     @classmethod
     def of(cls, fabric: Fabric) -> World:
@@ -76,24 +75,18 @@ class World:
         message = encode(value) if self.is_zero else torch.empty(0, dtype=torch.uint8)
         length = torch.tensor([len(message)])
         self._broadcast(length)
-        if self.is_zero:
-            self._broadcast(message)
-            return value
-        message = torch.empty(int(length), dtype=torch.uint8)
+        if not self.is_zero:
+            message = torch.empty(int(length), dtype=torch.uint8)
         self._broadcast(message)
-        return decode(message)
+        return value if self.is_zero else decode(message)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         if self.size == 1:
             return flag
         count = torch.tensor([int(flag)])
-        self._wait(lambda: distributed.all_reduce(count, group=self._group, async_op=True))
+        self._wait(lambda: distributed.all_reduce(count, async_op=True))
         return bool(count)
-
-    def barrier(self) -> None:
-        """Wait until all are here."""
-        self.any(False)
 
     def once(self, what: str, work: Callable[[], object]) -> None:
         """Let the first process of each machine work; the others wait however long it takes.
@@ -108,10 +101,11 @@ class World:
             if self.size > 1:
                 _store().set(key, "")
             return
-        while not _store().check([key]):
-            if (words := self.last_words()) is not None:
-                raise words
-            time.sleep(POLL_S)
+        with self._listening():
+            while not _store().check([key]):
+                if (words := self.last_words()) is not None:
+                    raise words
+                time.sleep(POLL_S)
 
     def add_up(self, tensor: Tensor) -> None:
         """The sum over the ranks in the place of a tensor, on its own device."""
@@ -168,8 +162,8 @@ class World:
         for number in numbers:
             message = encode(compute(number))
             with self._listening():
-                size = distributed.isend(torch.tensor([len(message)]), 0, self._group)
-                under_way.append((size, distributed.isend(message, 0, self._group), message))
+                size = distributed.isend(torch.tensor([len(message)]), 0)
+                under_way.append((size, distributed.isend(message, 0), message))
             while under_way and not _is_room(message.nbytes for _, _, message in under_way):
                 self._arrive(under_way)
         while under_way:
@@ -182,13 +176,13 @@ class World:
 
     def _receive(self, rank: int) -> Any:
         length = torch.zeros(1, dtype=torch.int64)
-        self._wait(lambda: distributed.irecv(length, rank, self._group))
+        self._wait(lambda: distributed.irecv(length, rank))
         message = torch.empty(int(length), dtype=torch.uint8)
-        self._wait(lambda: distributed.irecv(message, rank, self._group))
+        self._wait(lambda: distributed.irecv(message, rank))
         return decode(message)
 
     def _broadcast(self, tensor: Tensor) -> None:
-        self._wait(lambda: distributed.broadcast(tensor, 0, self._group, async_op=True))
+        self._wait(lambda: distributed.broadcast(tensor, 0, async_op=True))
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         with self._listening():
