@@ -173,3 +173,15 @@ def test_what_comes_after_a_run(rule: Any, model: dict[str, Any], tmp_path: Path
         torch.testing.assert_close(*answers, atol=0.05, rtol=0)
         merged = lora.merge_and_unload().eval()(images).softmax(-1)
     torch.testing.assert_close(merged, answers[1], atol=1e-4, rtol=0)
+
+
+def test_a_model_that_was_rounded_is_not_taken_for_the_original(tmp_path: Path) -> None:
+    module = make_model()
+    averaged = averaging(base_dtype="bfloat16")
+    trainer = make_trainer(tmp_path, averaging=averaged, max_rounds=1, limit_train_batches=1)
+    trainer.fit(module, make_data(**QUICK))
+    with pytest.raises(FedloraError, match="rounded this model's frozen weights to bfloat16"):
+        make_trainer(tmp_path).test(module, make_data(**QUICK))
+    make_trainer(tmp_path, averaging=averaging(base_dtype="bfloat16")).test(
+        module, make_data(**QUICK)
+    )

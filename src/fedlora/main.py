@@ -21,9 +21,14 @@ RESUME = "A run that had begun goes on with: fedlora fit --ckpt_path last"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
+    Args:
+        argv: its arguments; None takes those of this process, which is then taken to be ours: what
+            is imported stays out of the way of Python's collector of cyclic garbage.
+
     Returns:
         0 done; 1 an error, one line on stderr (FEDLORA_DEBUG=1 adds the traceback); 2 a wrong
-        command line; 130 after Ctrl-C, 143 after SIGTERM: the run can be resumed.
+        command line; 130 after Ctrl-C, 143 after SIGTERM: the run can be resumed. Of the processes
+        of one run any but the first ends at once after an error, and does not return.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
@@ -31,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"fedlora {__version__}")
         return DONE
-    code = _outcome(args)
+    code = _outcome(args, ours=argv is None)
     if code and not _is_first():
         # One of many processes that are ended together: no second signal is to meet Python's end.
         sys.stdout.flush()
@@ -40,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _outcome(args: Sequence[str]) -> int:
+def _outcome(args: Sequence[str], ours: bool) -> int:
     try:
-        _run(args)
+        _run(args, ours)
     except SystemExit as error:  # --help and --print_config end so
         return error.code if isinstance(error.code, int) else FAILED
     except (KeyboardInterrupt, Terminated) as error:
@@ -54,7 +59,7 @@ def _outcome(args: Sequence[str]) -> int:
     return DONE
 
 
-def _run(args: Sequence[str]) -> None:
+def _run(args: Sequence[str], ours: bool) -> None:
     # Else torch prints where in its own code it noticed that another process is gone.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # An exception out of a signal handler can come out of a half-done import as something else.
@@ -63,7 +68,7 @@ def _run(args: Sequence[str]) -> None:
     from fedlora.dependencies import check
 
     check()
-    with _imports():
+    with _imports(ours):
         run = _command(args)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
@@ -84,19 +89,18 @@ def _command(args: Sequence[str]) -> Callable[[], None]:
 
 
 @contextmanager
-def _imports() -> Iterator[None]:
+def _imports(ours: bool) -> Iterator[None]:
     """Keep the collector of cyclic garbage away from what is imported.
 
     That is nearly a million objects which stay. Looking through them again and again while they
     become more, and once more when the run has begun, takes a fifth of the time to its first step.
     """
-    first = "torch" not in sys.modules  # otherwise others have garbage, to be collected some day
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if first:
+        if ours:  # others have garbage, to be collected some day
             gc.freeze()
         if collecting:
             gc.enable()

@@ -186,3 +186,14 @@ def test_weights_that_travel_are_not_changed_beside_them() -> None:
     lora.model.float()
     lora.load(AdapterState(residual=residual))
     assert lora.state().residual == residual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merged_all_is_inside_and_nothing_is_served_any_more(dtype: torch.dtype) -> None:
+    lora, _, _ = make("mlp", dtype)
+    merged = lora.merge_and_unload()
+    weights = {n: w.clone() for n, w in merged.named_parameters() if n.endswith("weight")}
+    for name, weight in lora.base_weights().items():
+        assert torch.equal(weight, weights[f"{name}.weight"])
+    lora.set_base_dtype(torch.float32)
+    assert all(torch.equal(w.float(), merged.get_parameter(n)) for n, w in weights.items())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedlora.export import export_adapter
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
+from fedlora.modules.frozen import _seen_by, keep_frozen_in
 from fedlora.modules.saved import load_adapter
 from fedlora.state import Residual
 from tests.small_clip import adapted, pictures, shake
@@ -79,7 +80,6 @@ def test_only_what_autocast_casts_is_kept_in_16_bits(
     assert torch.equal(answers(lora, autocast=True), answers(plain, autocast=True))
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def patches_in_16_bits(lora: CLIPLoRAWrapper) -> None:
     """transformers casts pictures to the type of the kernel: the one product in 16 bits."""
 
@@ -191,3 +191,18 @@ def test_the_file_that_was_loaded_does_not_stay_in_memory(folder: Path, tmp_path
     gc.collect()
     assert str(own) not in MAPS.read_text()
     lora.federated(pictures())
+
+
+def test_under_autocast_a_step_casts_nothing() -> None:
+    x, weight = torch.ones(1, 2), torch.ones(2, 2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _seen_by(x, weight, None)[0] is weight
+    assert _seen_by(x, weight, None)[0].dtype == torch.float32
+
+
+def test_a_weight_that_an_embedding_shares_keeps_its_type() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 5, bias=False))
+    model[2].weight = model[0].weight
+    keep_frozen_in(torch.bfloat16, model, set())
+    assert [p.dtype for p in (model[0].weight, model[1].weight)] == [torch.float32, torch.bfloat16]
+    assert model(torch.tensor([1])).dtype == torch.float32

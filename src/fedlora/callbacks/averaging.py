@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
     from fedlora.modules.config import LoRAConfig
+    from fedlora.modules.learned import LearnedParts
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 BaseDtype = Literal["float32", "bfloat16"]
@@ -106,6 +107,14 @@ class AdapterAveraging(FederatedCallback):
             lora.enable_gradient_checkpointing()
         else:
             lora.disable_gradient_checkpointing()
+        self._set_base_dtype(lora)
+
+    def _set_base_dtype(self, lora: LearnedParts) -> None:
+        if self.base_dtype == "float32" and lora.rounded:
+            raise FedloraError(
+                "averaging.base_dtype=float32, but an earlier run rounded this model's frozen "
+                "weights to bfloat16. Make a new CLIPLoRAClassifier."
+            )
         if self.base_dtype == "bfloat16":
             if not lora.config.enabled:
                 raise FedloraError(

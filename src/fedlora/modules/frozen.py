@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Container
 
 import torch
@@ -49,13 +50,15 @@ def keep_frozen_in(dtype: torch.dtype, model: nn.Module, learned: Container[int]
     Args:
         dtype: ``torch.bfloat16``, or ``torch.float32`` to undo it; what was rounded stays rounded.
         model: the model, in float32.
-        learned: ids of the parameters to leave alone; a layer with such a weight is left as it is.
+        learned: ids of the parameters to leave alone; a layer with such a weight is left as it is,
+            and so is one that shares its weight, with an embedding for example.
     """
     classes = KEPT if dtype == torch.bfloat16 else PLAIN
+    held = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for module in model.modules():
         chosen = classes.get(type(module))
         weight = module._parameters.get("weight")
-        if chosen is None or weight is None or id(weight) in learned:
+        if chosen is None or weight is None or id(weight) in learned or held[id(weight)] > 1:
             continue
         module.__class__ = chosen
         for parameter in (weight, module._parameters.get("bias")):

@@ -36,6 +36,7 @@ class LearnedParts:
         scaling: path -> lora_alpha / rank.
         served: the residual beside the frozen weights.
         parts: those that gradients reach.
+        rounded: whether frozen weights were rounded to 16 bits since they were loaded.
     """
 
     def __init__(self, model: nn.Module, config: LoRAConfig) -> None:
@@ -47,6 +48,7 @@ class LearnedParts:
         self.scaling: dict[str, float] = {}
         self.served = ServedWeights(self.layers)
         self.parts: frozenset[Part] = PARTS
+        self.rounded = False
         self._originals = Originals()
 
     def _declare(self, layers: Mapping[str, Any], other: Mapping[str, nn.Parameter]) -> None:
@@ -154,16 +156,17 @@ class LearnedParts:
     def set_base_dtype(self, dtype: torch.dtype) -> None:
         """Keep the frozen Linear and Conv2d weights of the model in another type.
 
-        What is learned and served stays as it is. Normalisation layers, embeddings and a head
-        beside the model keep their types.
+        What is learned and served stays as it is. Normalisation layers, embeddings, weights that
+        several layers share and a head beside the model keep their types.
 
         Args:
             dtype: ``torch.bfloat16``, or ``torch.float32``, which does not bring back what was
                 rounded away.
         """
         learned = {id(p) for part in self.parameters.values() for p in part.values()}
-        served = self.served.forget() if self.phase == "on" else {}
+        served = self.served.forget()
         keep_frozen_in(dtype, self.model, learned)
+        self.rounded = self.rounded or dtype == torch.bfloat16
         if served:  # beside a 16-bit weight, inside of another
             self.served.serve(served)
 

@@ -290,6 +290,7 @@ class LoRAWrapper(LearnedParts):
                 change += self.served.residual[name].to(torch.float64).dense()
             merged = self.served.pristine(name).to("cpu", torch.float64) + change
             weight.copy_(merged.view_as(weight))
+        self.served.settle()  # all of it is inside now
         self._take_out()
         self._leave("merged")
         return self.model
