@@ -24,7 +24,8 @@ def load_for_evaluation(
 ) -> tuple[RunFolder, checkpoint.Checkpoint] | None:
     """Load a checkpoint's adapter into the model; None leaves it untrained."""
     if ckpt_path is None:
-        trainer.progress.say("no ckpt_path: this is the model before any training.")
+        if not trainer.played:
+            trainer.progress.say("no ckpt_path: this is the model as it is, before any run.")
         return None
     run, saved = _read(trainer, ckpt_path)
     if trainer.lightning_module.lora is None:

@@ -17,7 +17,7 @@ from fedlora import artefacts, checkpoint, per_class
 from fedlora.distributed.devices import device_type, make_fabric, per_machine, set_threads
 from fedlora.distributed.launch import end, explained
 from fedlora.distributed.world import World
-from fedlora.errors import CheckpointError, FedloraError
+from fedlora.errors import CheckpointError, ElsewhereError, FedloraError
 from fedlora.federation import make_clients, make_rounds
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
@@ -65,7 +65,8 @@ def launch(trainer: FederatedTrainer, body: Callable[[], T]) -> T:
         said = explained(error, trainer.world, fabric)
         if said is None:
             raise
-        raise said from error
+        # Of what happened elsewhere there is no more to see here.
+        raise said from (error if isinstance(said, ElsewhereError) else None)
     finally:
         end(fabric, failed)
         trainer.call("teardown", trainer.state.fn.value)

@@ -54,7 +54,7 @@ def at_start(trainer: FederatedTrainer, rounds: Rounds, stays: Storage) -> dict[
         + f", of rank {ranks[0]}" * (ranks[0] > 0)  # there is none without LoRA
         + f" to {ranks[-1]}" * mixed,
         "rounds": f"{trainer.server.round_idx} done, up to {trainer.max_rounds}",
-        "device": f"{trainer.fabric.device}, {trainer.averaging.precision}",
+        "device": _device(trainer),
         "run folder": str(rounds.run.path),
     }
 
@@ -101,3 +101,13 @@ def at_end(summary: Mapping[str, Any], run: RunFolder, personal: int) -> dict[st
     if personal:
         shown["personal adapters"] = f"{personal} in {run.path / 'adapters'}"
     return shown
+
+
+def _device(trainer: FederatedTrainer) -> str:
+    said = [str(trainer.fabric.device), trainer.averaging.precision]
+    if trainer.averaging.base_dtype != "float32":
+        said.append(f"frozen base in {trainer.averaging.base_dtype}")
+    if trainer.world_size > 1:
+        shared = "clients" if trainer.spread == "clients" else "the rows of batches (ddp)"
+        said.append(f"{trainer.world_size} processes share {shared}")
+    return ", ".join(said)

@@ -14,6 +14,8 @@ from fedlora.errors import FedloraError
 
 Spread = Literal["clients", "ddp"]
 STRATEGIES = ("auto", "clients", "ddp")
+# By one of these processes on several machines find each other.
+MEETING = ("MASTER_ADDR", "SLURM_NTASKS", "LSB_JOBID", "OMPI_COMM_WORLD_SIZE")
 
 
 def check_devices(
@@ -145,6 +147,11 @@ def _check_count(device: str, count: int, num_nodes: int) -> None:
         )
     if device == "mps" and count * num_nodes > 1:
         raise FedloraError("trainer.devices must be 1 on mps. Use accelerator=cpu for more.")
+    if num_nodes > 1 and not any(name in os.environ for name in MEETING):
+        raise FedloraError(
+            f"trainer.num_nodes={num_nodes}: the machines do not know of each other. Start the run "
+            "with torchrun or srun, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each."
+        )
     started = int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else None
     if started not in (None, count * num_nodes):
         raise FedloraError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from fedlora.distributed.world import WAITING, World, interruptibly
 from fedlora.errors import ElsewhereError, FedloraError, LostError
 
 T = TypeVar("T")
+CHATTER = ("lightning.fabric.utilities.distributed", "lightning.pytorch.utilities.rank_zero")
 PARENT = "FEDLORA_PARENT"  # the environment variable by which a process knows who started it
 RESUME = "Go on with fit --ckpt_path last."
 GRACE_S = 3.0  # for a process to notice by itself that another is gone, or to end
@@ -53,8 +55,20 @@ class ClientParallelStrategy(DDPStrategy):
     def _setup_distributed(self) -> None:
         if distributed.is_initialized():  # by an earlier call in the same program
             _check_same(self.num_processes * self.num_nodes)
-        # Another process may end before it gets here.
-        interruptibly(super()._setup_distributed)
+        loggers = [logging.getLogger(name) for name in CHATTER]
+        levels = [logger.level for logger in loggers]
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            # Another process may end before it gets here.
+            interruptibly(super()._setup_distributed)
+        except RuntimeError as error:
+            raise LostError(
+                f"not all processes of the run came together ({' '.join(str(error).split())[:200]})"
+            ) from error
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
     def setup_module(self, module: Module) -> Module:  # type: ignore[override]
         """The module as it is."""
