@@ -56,20 +56,23 @@ class Cohort:
         """Play the clients, and load what becomes of the adapter into the model."""
         self._tell_server_state()
         server = self.trainer.server
-        found: Averaged | None = None
+        adapter: AdapterState | None = None
+        report: Report = {}
         with closing(self.engine.play(planned, rnd, server, self.rule)) as updates:
             if self.world.is_zero:
-                found = self._averaged(updates, planned, rnd)
+                adapter, report = self._averaged(updates, planned, rnd)
             else:
                 for _ in updates:  # rank 0 averages
                     pass
-        versions = self.engine.store.take_noted()
-        adapter = share_adapter(self.world, found.adapter if found else None)
-        rest = self.world.share(lambda: found and [found.answered, versions, found.report])
+        noted = self.engine.store.take_noted()
+        adapter = share_adapter(self.world, adapter)
+        rest = self.world.share(lambda: [[c.id for c in self.tally.clients], noted, report])
         self.engine.lora.load(adapter)
         return Averaged(adapter, *rest)
 
-    def _averaged(self, updates: Iterable[ClientUpdate], planned: Plan, rnd: Round) -> Averaged:
+    def _averaged(
+        self, updates: Iterable[ClientUpdate], planned: Plan, rnd: Round
+    ) -> tuple[AdapterState, Report]:
         trainer, before = self.trainer, self.trainer.server.adapter
         own = self.rule.stays(before, rnd)
         # There is no one average of layers that are the clients' own.
@@ -82,7 +85,7 @@ class Cohort:
             pass
         _check_finite(adapter, rnd)
         figures = meter.figures(adapter) if meter else Figures()
-        report: Report = {
+        return adapter, {
             "round": rnd.idx + 1,
             "train/loss": tally.loss,
             "clients/answered": len(tally.clients),
@@ -93,7 +96,6 @@ class Cohort:
             "clients/drift_mean": figures.drift_mean,
             "clients/drift_max": figures.drift_max,
         }
-        return Averaged(adapter, [client.id for client in tally.clients], {}, report)
 
     def _tell_server_state(self) -> None:
         """What the server knows besides the adapter, where clients may play: c of SCAFFOLD."""

@@ -74,8 +74,6 @@ class Records(FederatedCallback):
         self, trainer: FederatedTrainer, pl_module: CLIPLoRAClassifier, update: ClientUpdate
     ) -> None:
         """Append the client's row."""
-        if not trainer.is_global_zero:
-            return
         _append(
             trainer,
             update.client,
@@ -94,8 +92,6 @@ class Records(FederatedCallback):
         down_nbytes: int,
     ) -> None:
         """Append a row that says why there is nothing from the client."""
-        if not trainer.is_global_zero:
-            return
         _append(trainer, absence.client, status=absence.reason, down_bytes=down_nbytes)
 
     def on_round_end(
