@@ -232,18 +232,20 @@ def test_mixed_precision_is_seen_inside_the_adapter(folder: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     seen: dict[str, torch.dtype] = {}
     for name, layer in lora.layers.items():
-        for factor in ("lora_A", "lora_B"):
-            getattr(layer, factor)["default"].register_forward_hook(
-                lambda _, __, y, key=f"{name}/{factor}": seen.update({key: y.dtype})
+        inside = {key: getattr(layer, key)["default"] for key in ("lora_A", "lora_B")}
+        for key, part in {**inside, "layer": layer}.items():
+            part.register_forward_hook(
+                lambda _, __, y, key=f"{name}/{key}": seen.update({key: y.dtype})
             )
     with fabric.autocast():
         out = module.training_step(BATCH)
     fabric.backward(out["loss"])
-    assert len(seen) == 2 * len(lora.layers)
+    assert len(seen) == 3 * len(lora.layers)
     assert set(seen.values()) == {torch.bfloat16}
     assert out["losses"].dtype == torch.float32
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in lora.trainable().values()} == {torch.float32}
+    seen.clear()
     module.training_step(BATCH)
     assert set(seen.values()) == {torch.float32}  # without autocast: the spy sees the difference
 

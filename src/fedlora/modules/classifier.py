@@ -27,6 +27,7 @@ from fedlora.modules.clip_wrapper import CLIPLoRAWrapper, Towers
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.loading import load_preprocess_config
 from fedlora.modules.metrics import MetricName, check_metrics, make_metrics
+from fedlora.modules.quick import fuse, make_quick
 from fedlora.modules.saved import load_adapter
 from fedlora.modules.step_logger import StepLogger
 
@@ -165,6 +166,7 @@ class CLIPLoRAClassifier(LightningModule):
             keep_text_tower=self.towers == "both",
         )
         self.lora = CLIPLoRAWrapper(model, self.lora_config, towers=self.towers).apply()
+        make_quick(model)
         if getattr(self._trainer, "ckpt_path", None) is None:
             self.start_from_adapter()
         # CLIP is loaded in evaluation mode, which lightning.Trainer would keep while it trains.
@@ -240,7 +242,7 @@ class CLIPLoRAClassifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer over what is trainable now."""
-        return self.optimizer(self.optimizer_groups())
+        return fuse(self.optimizer(self.optimizer_groups()))
 
     def configure_callbacks(self) -> list[Callback]:
         """What logs the steps' figures under ``lightning.Trainer``."""

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.modules.beside import under_autocast
+from fedlora.modules.layers import LaneLinear
 
 
-class KeptLinear(nn.Linear):
+class KeptLinear(LaneLinear):
     """A linear layer whose frozen weight is in bfloat16 in a float32 model."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As in ``nn.Linear``: (…, in_features) -> (…, out_features)."""
-        return nn.functional.linear(x, *_seen_by(x, self.weight, self.bias))
 
 
 class KeptConv2d(nn.Conv2d):
@@ -37,8 +34,12 @@ def _seen_by(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Te
 
 # The layers whose weights autocast casts at each call. Exactly these: a class derived from one may
 # read its weight in ways of its own (torch's attention does), or be somebody's own.
-KEPT: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: KeptLinear, nn.Conv2d: KeptConv2d}
-PLAIN = {kept: plain for plain, kept in KEPT.items()}
+KEPT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: KeptLinear,
+    LaneLinear: LaneLinear,  # which takes 16 bits as it is
+    nn.Conv2d: KeptConv2d,
+}
+PLAIN: dict[type[nn.Module], type[nn.Module]] = {kept: plain for plain, kept in KEPT.items()}
 
 
 def keep_frozen_in(dtype: torch.dtype, model: nn.Module, learned: Container[int]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.dropout import KeyedDropout
+from fedlora.modules.layers import LaneLinear
 
 ADAPTER = "default"  # PEFT's own name for the only adapter
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -99,7 +100,10 @@ def why_not(module: nn.Module, shared: Container[int] = ()) -> str:
     if kind is None:
         return f"it is a {type(module).__name__}, not a linear or convolutional layer"
     own: Any = type(module)
-    if any(getattr(own, f, 0) != getattr(kind, f, 0) for f in ("forward", "_conv_forward")):
+    # A layer of ours computes with W + B A, whatever its forward() is.
+    if own is not LaneLinear and any(
+        getattr(own, f, 0) != getattr(kind, f, 0) for f in ("forward", "_conv_forward")
+    ):
         return f"{own.__name__} has a forward() of its own, so W + B A is not what it computes with"
     # PEFT's A repeats kernel, stride and padding only; with groups it is no product B A.
     if isinstance(module, KINDS[1:]) and (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
 from fedlora.modules.config import LoRAConfig
-from fedlora.modules.dropout import KeyedDropout, Rows
+from fedlora.modules.dropout import Draws, KeyedDropout, Rows
 from fedlora.modules.frozen import keep_frozen_in
 from fedlora.modules.injection import ADAPTER
 from fedlora.modules.originals import Originals
@@ -100,12 +101,15 @@ class LearnedParts:
             rows: those of the batch that the model will see, whose masks are then a part of the
                 whole batch's; None: all.
         """
-        derived = None if key is None else derive_seed(key, step)
+        self.set_draws(None if key is None else Draws([derive_seed(key, step)], part=rows))
+
+    def set_draws(self, draws: Draws | None) -> None:
+        """Likewise, of several lanes."""
+        text = draws and replace(draws, counts=None, part=None)
         for name, layer in self.layers.items():
             dropout = layer.lora_dropout[ADAPTER]
             if isinstance(dropout, KeyedDropout):  # there is none where the rate is 0
-                dropout.key = derived
-                dropout.rows = rows if self._sees_rows(name) else None
+                dropout.draws = draws if self._sees_rows(name) else text
 
     def _sees_rows(self, layer: str) -> bool:
         """Whether the first dimension of what a layer sees is that of the batch."""
