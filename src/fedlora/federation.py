@@ -9,7 +9,8 @@ from torch import Tensor
 from fedlora.callbacks.objective import Setting, check_objectives
 from fedlora.checkpoint import differences
 from fedlora.distributed.world import World
-from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
+from fedlora.engines.lane import Lane
+from fedlora.engines.local import LocalLoop, NonFiniteError
 from fedlora.engines.parallel import ClientParallelEngine
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError, LostError
@@ -18,6 +19,7 @@ from fedlora.ranks import assign_ranks
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import Absence
+from fedlora.seats import make_stack
 from fedlora.state import Client, Round
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ def make_rounds(trainer: FederatedTrainer, run: RunFolder, clients: list[Client]
         lr_factor=lambda idx: trainer.round_lr.factor(idx, trainer.max_rounds),
         on_batch=on_batch,
         rows_over=trainer.world if rows else None,
+        stack=make_stack(trainer, clients),
     )
     # Where all train the same client, one of them writes what stays with it.
     store = ClientStore(run.clients, writes=not rows or trainer.world.is_zero)

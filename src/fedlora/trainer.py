@@ -22,7 +22,7 @@ from fedlora.callbacks.records import Records
 from fedlora.data.datamodule import FederatedDataModule
 from fedlora.distributed.devices import check_devices, spread_of
 from fedlora.distributed.world import World
-from fedlora.engines.local import Lane
+from fedlora.engines.lane import Lane
 from fedlora.errors import FedloraError
 from fedlora.hooks import Hooks
 from fedlora.modules.classifier import CLIPLoRAClassifier
@@ -48,14 +48,14 @@ class FederatedTrainer:
         strategy: what they share: whole clients (``clients``, ``auto``; the same bits as on one
             device) or the rows of each batch (``ddp``; the same up to rounding).
         timeout: seconds that a process waits for another before the run ends.
+        lanes: clients that share forward and backward passes; ``auto``: as many as pay here.
         seed: of everything that is drawn.
         max_rounds: rounds to play.
         clients_per_round: clients drawn for each round; None means all.
-        sampling: which clients are there and answer in time; by default all that are chosen.
+        sampling: which clients are there and answer in time; all that are chosen by default.
         min_clients: answers without which a round does not count; 0 does without any.
-        client_ranks: LoRA ranks of the clients, at most the model's: one for all, a list with one
-            for each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed; None means the
-            model's. Needs a rule that can average them.
+        client_ranks: LoRA ranks of clients, at most the model's: one for all, a list with one for
+            each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed.
         client_alpha: with ``client_ranks``: ``scaled`` lets lora_alpha follow the rank, so that all
             clients scale by the same lora_alpha / rank; ``fixed`` is one lora_alpha for all.
         local_epochs: passes over its rows that a client makes in a round.
@@ -69,10 +69,9 @@ class FederatedTrainer:
         fast_dev_run: one round of one batch each.
         deterministic: only deterministic algorithms (needed for equal bits on a GPU).
         threads: CPU threads of torch; None leaves torch's choice.
-        on_nonfinite: a NaN or infinite loss or adapter of a client ends the run (``error``) or
-            leaves the client out of the round (``skip``).
-        on_client_error: any other error while a client plays ends the run (``stop``) or leaves the
-            client out of the round (``skip``).
+        on_nonfinite: a client's NaN or infinite loss or adapter ends the run (``error``) or leaves
+            the client out of the round (``skip``).
+        on_client_error: likewise any other error while a client plays (``stop``, ``skip``).
         progress: ``auto`` (a display on a terminal, lines elsewhere), ``rich``, ``plain``, ``off``.
         default_root_dir: where run folders are made.
 
@@ -90,6 +89,7 @@ class FederatedTrainer:
         num_nodes: int = 1,
         strategy: str = "auto",
         timeout: float = 1800.0,
+        lanes: int | Literal["auto"] = 1,
         seed: int = 0,
         max_rounds: int = 10,
         clients_per_round: int | None = None,
@@ -125,6 +125,7 @@ class FederatedTrainer:
             val_clients=(val_clients if isinstance(val_clients, int) else None, 1),
             limit_train_batches=(limit_train_batches, 1),
             threads=(threads, 1),
+            lanes=(lanes if isinstance(lanes, int) else None, 1),
         )
         sampling.validate()
         round_lr.validate()
@@ -146,6 +147,7 @@ class FederatedTrainer:
         self.num_nodes = num_nodes
         self.spread = spread_of(strategy)
         self.timeout = timeout
+        self.lanes = lanes
         self.world = World()
         self.seed = seed
         self.max_rounds = 1 if fast_dev_run else max_rounds

@@ -150,7 +150,7 @@ def test_a_clients_folder_loads_into_a_model_of_its_rank(
     rounds, module = trainer.rounds, trainer.lightning_module
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     for client in rounds.clients:
-        rounds.engine.load(client, rounds.round(1), trainer.server, rounds.rule)
+        rounds.engine.load_own(client, rounds.round(1), trainer.server, rounds.rule)
         with torch.no_grad():
             want = module.model.eval()(images)
         folder = trainer.run.path / "adapters" / str(client.id)

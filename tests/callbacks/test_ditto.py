@@ -28,7 +28,8 @@ from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.ditto import Ditto
 from fedlora.callbacks.objective import Setting, check_objectives
 from fedlora.callbacks.proximal import FedProx
-from fedlora.engines.local import Lane, LocalLoop
+from fedlora.engines.lane import Lane
+from fedlora.engines.local import LocalLoop
 from fedlora.state import AdapterState, Client, Round
 from tests.engines.test_local import Line, batches, sgd
 from tests.runs import QUICK, fit

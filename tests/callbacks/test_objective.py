@@ -20,7 +20,8 @@ from fedlora.callbacks.ditto import Ditto
 from fedlora.callbacks.objective import Objective, check_objectives
 from fedlora.callbacks.proximal import FedProx
 from fedlora.callbacks.scaffold import SCAFFOLD
-from fedlora.engines.local import Lane, LocalLoop
+from fedlora.engines.lane import Lane
+from fedlora.engines.local import LocalLoop
 from fedlora.errors import CheckpointError
 from fedlora.modules.report import readable
 from fedlora.round_lr import RoundLR

@@ -30,7 +30,8 @@ from fedlora.aggregation import (
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.callbacks.objective import Setting
 from fedlora.callbacks.scaffold import SCAFFOLD
-from fedlora.engines.local import Lane, LocalLoop
+from fedlora.engines.lane import Lane
+from fedlora.engines.local import LocalLoop
 from fedlora.sampling import Sampling
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Round
 from tests.engines.test_local import Line, batches, sgd

@@ -172,7 +172,8 @@ def test_personal_states_have_their_clients_rank(tmp_path, alpha):
         kept = engine.store.read(client.id, server.versions).adapter
         assert set(kept.ranks.values()) == {client.rank}
         assert not kept.A
-        start = engine.load(client, rnd, server, rule)
+        start = engine.start_of(client, rnd, server, rule)
+        engine.lora.load(start.state.padded(server.adapter.ranks))
         assert start.down_nbytes == 4 * (
             client.rank * 4 * (128 + 512) + HEAD
         )  # A of fc1 and of fc2

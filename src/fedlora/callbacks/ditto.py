@@ -10,7 +10,7 @@ from fedlora.callbacks.proximal import check_strength, pull
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
-    from fedlora.engines.local import Lane
+    from fedlora.engines.lane import Lane
 
 
 class Ditto(Objective):

@@ -16,7 +16,7 @@ from fedlora.errors import FedloraError
 from fedlora.state import Client, Round
 
 if TYPE_CHECKING:
-    from fedlora.engines.local import Lane
+    from fedlora.engines.lane import Lane
 
 
 @dataclass(frozen=True)

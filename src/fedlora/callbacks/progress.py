@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from fedlora.engines.local import Lane
+    from fedlora.engines.lane import Lane
     from fedlora.rounds import Rounds
     from fedlora.run_folder import RunFolder
     from fedlora.sampling import Absence

@@ -8,7 +8,7 @@ from fedlora.callbacks.objective import Objective, Setting, check_averaged
 from fedlora.errors import FedloraError
 
 if TYPE_CHECKING:
-    from fedlora.engines.local import Lane
+    from fedlora.engines.lane import Lane
 
 
 class FedProx(Objective):

@@ -14,7 +14,7 @@ from fedlora.errors import FedloraError
 from fedlora.state import AdapterState, Client, ClientUpdate, Round
 
 if TYPE_CHECKING:
-    from fedlora.engines.local import Lane
+    from fedlora.engines.lane import Lane
 
 CONTROL = "control/"  # and a parameter's name: how a control variate is called
 

@@ -3,73 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.engines.lane import Batch, Lane, windows
 from fedlora.engines.rows import Rows, add_figures, add_gradients
 from fedlora.errors import FedloraError
+from fedlora.modules.lanes import Ticket, hand_out
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
-    from fedlora.callbacks.objective import Objective
     from fedlora.distributed.world import World
     from fedlora.modules.classifier import CLIPLoRAClassifier
     from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
-
-Batch = dict[str, Tensor]
+    from fedlora.modules.lanes import LaneStack
 
 
 class NonFiniteError(FedloraError):
     """A client's loss or adapter became NaN or infinite."""
-
-
-@dataclass
-class Lane:
-    """One client while it trains.
-
-    Attributes:
-        client: who.
-        parameters: the leaves that it trains, by name.
-        optimizer: fresh for this round.
-        step: optimizer steps taken.
-        loss: sum of the samples' losses, float64, on the device.
-        correct: samples classified right, on the device.
-        seen: samples seen.
-        objectives: what changes its gradients, or looks at how it went.
-        anchor: of the parameters that the server averages, its values at the start, on the device.
-        received: what came for the objectives beside the adapter.
-        extra: of the objectives, to travel to the server beside the adapter.
-        memory: what the client remembers for the objectives; they replace values, edit none.
-        scratch: the objectives' own, for as long as the lane lasts.
-        own: whether it trains the client's own model beside the common one.
-    """
-
-    client: Client
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    objectives: Sequence[Objective] = ()
-    anchor: Mapping[str, Tensor] = field(default_factory=dict)
-    received: Mapping[str, Tensor] = field(default_factory=dict)
-    extra: dict[str, Tensor] = field(default_factory=dict)
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    scratch: dict[str, Tensor] = field(default_factory=dict)
-    own: bool = False
-    step: int = 0
-    loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    correct: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
-    seen: int = 0
-
-    def metrics(self) -> dict[str, float]:
-        """Mean training loss and accuracy over the samples seen."""
-        count = max(self.seen, 1)
-        return {"loss": float(self.loss) / count, "acc": float(self.correct) / count}
 
 
 @dataclass(frozen=True)
@@ -88,6 +47,8 @@ class LocalLoop:
         on_batch: called after each batch with its lane, what the step returned, and the batch.
         rows_over: the processes that the rows of each batch are spread over, where they are: all
             train the same client, and come to the same parameters.
+        stack: the adapters of lanes that share steps; None where there is one lane, which trains
+            the model's own.
     """
 
     fabric: Fabric
@@ -100,6 +61,7 @@ class LocalLoop:
     lr_factor: Callable[[int], float] = lambda _: 1.0
     on_batch: Callable[[Lane, dict[str, Tensor], Batch], None] | None = None
     rows_over: World | None = None
+    stack: LaneStack | None = None
 
     def num_batches(self, per_epoch: int) -> int:
         """Batches that a client with ``per_epoch`` batches runs."""
@@ -118,13 +80,25 @@ class LocalLoop:
             raise FedloraError("the model is not built yet.")
         return self.module.lora
 
-    def open(self, client: Client, rnd: Round) -> Lane:
-        """A lane on what the module holds and has trainable now."""
-        optimizer = self.module.configure_optimizers()
+    def open(self, client: Client, rnd: Round, seat: int | None = None) -> Lane:
+        """A lane on what the module holds and has trainable now.
+
+        Args:
+            client: who.
+            rnd: the round.
+            seat: its place in the stack, which gets what the module holds; None: the module.
+        """
+        if seat is None or self.stack is None:
+            parameters = self.lora.trainable()
+            optimizer = self.module.configure_optimizers()
+        else:
+            self.stack.put(seat)
+            parameters = self.stack.leaves(seat)
+            optimizer = self.module.make_optimizer(parameters)
         optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
-        return Lane(client, self.lora.trainable(), optimizer)
+        return Lane(client, parameters, optimizer, seat=seat)
 
     def run(
         self,
@@ -134,7 +108,21 @@ class LocalLoop:
         batches: Callable[[int], Iterable[Batch]],
         most_steps: int | None = None,
     ) -> None:
-        """Train one client.
+        """Train one client from start to end; arguments and errors as in the parts below."""
+        self.start(lane, rnd, per_epoch, batches, most_steps)
+        while lane.left:
+            self.step([lane])
+        self.finish(lane, rnd)
+
+    def start(
+        self,
+        lane: Lane,
+        rnd: Round,
+        per_epoch: int,
+        batches: Callable[[int], Iterable[Batch]],
+        most_steps: int | None = None,
+    ) -> None:
+        """Get a lane ready for its first step.
 
         Args:
             lane: of :meth:`open`.
@@ -142,30 +130,46 @@ class LocalLoop:
             per_epoch: number of batches of an epoch.
             batches: epoch -> its batches.
             most_steps: stop after this many optimizer steps; None runs to the end.
-
-        Raises:
-            NonFiniteError: when the loss or a trained parameter is NaN or infinite at the end.
         """
-        self._reset_scaler()
         device = self.fabric.device
         lane.loss, lane.correct = lane.loss.to(device), lane.correct.to(device)
-        key = derive_seed(rnd.seed, "dropout", rnd.idx, lane.client.id)
+        lane.key = derive_seed(rnd.seed, "dropout", rnd.idx, lane.client.id)
         total = self.num_batches(per_epoch)
         if most_steps is not None:
             total = min(total, most_steps * self.accumulate)
+        stream = itertools.islice(self._stream(batches), total)
+        lane.windows = windows(stream, self.accumulate, total)
+        lane.left = -(-total // self.accumulate)
+        lane.scaler = self._make_scaler()
         for objective in lane.objectives:
             objective.on_lane_start(lane)
         self.module.train()
-        try:
-            for window in _windows(
-                itertools.islice(self._stream(batches), total), self.accumulate, total
-            ):
-                for position, (batch, count) in enumerate(window):
-                    number = lane.step * self.accumulate + position
-                    self._backward(lane, batch, count, (key, number))
-                self._step(lane)
-        finally:
-            self.lora.set_dropout_key(None)
+
+    def step(self, lanes: Sequence[Lane]) -> None:
+        """One optimizer step of each lane, together; more than one needs the stack.
+
+        Lanes with fewer batches left for their step are left out of the others'.
+        """
+        began = time.perf_counter()
+        own = [next(lane.windows) for lane in lanes]
+        for position in range(self.accumulate):
+            found = [(lane, next(window, None)) for lane, window in zip(lanes, own, strict=True)]
+            work = [(lane, *item) for lane, item in found if item is not None]
+            if not work:
+                break
+            self._backward(work, position)
+        for lane in lanes:
+            self._step(lane)
+        spent = time.perf_counter() - began
+        for lane in lanes:
+            lane.seconds += spent / len(lanes)
+
+    def finish(self, lane: Lane, rnd: Round) -> None:
+        """Look at how it went.
+
+        Raises:
+            NonFiniteError: when the loss or a trained parameter is NaN or infinite.
+        """
         if self.rows_over is not None:
             add_figures(lane, self.rows_over)
         for objective in lane.objectives:
@@ -176,31 +180,75 @@ class LocalLoop:
         for epoch in itertools.count():
             yield from itertools.islice(batches(epoch), self.limit_batches)
 
-    def _backward(self, lane: Lane, batch: Batch, count: int, key: tuple[int, int]) -> None:
+    def _backward(self, work: Sequence[tuple[Lane, Batch, int]], position: int) -> None:
+        """Forward and backward of a batch of each lane, with the number that its step has."""
+        if self.stack is not None and work[0][0].seat is not None:
+            self._backward_together(self.stack, work, position)
+            return
+        ((lane, batch, count),) = work
         own = Rows.of(batch, self.rows_over)
         if own is not None:
             batch = own.cut(batch)
         if not len(batch["label"]):  # fewer rows than processes
             return
-        self.lora.set_dropout_key(*key, own)
-        batch = {
-            name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()
-        }
-        # Fabric does not autocast around a LightningModule's training_step on one device.
-        with self.fabric.autocast():
-            out = self.module.training_step(batch, lane.step)
-        losses = out["losses"]
-        # Of the whole batch, whose last one may be smaller.
-        mean = losses.mean() if own is None else losses.sum() / own.total
-        self.fabric.backward(mean / count)
-        lane.loss += losses.detach().sum(dtype=torch.float64)
-        lane.correct += out["correct"].sum()
-        lane.seen += len(losses)
+        batch = self._moved(batch)
+        self.lora.set_dropout_key(lane.key, lane.step * self.accumulate + position, own)
+        try:
+            out = self._forward(batch, lane.step)
+            losses = out["losses"]
+            # Of the whole batch, whose last one may be smaller.
+            mean = losses.mean() if own is None else losses.sum() / own.total
+            self._pass_back(lane.scaled(mean / count))
+        finally:
+            self.lora.set_dropout_key(None)
+        lane.add(losses, out["correct"])
         if self.on_batch is not None:
             self.on_batch(lane, out, batch)
 
+    def _backward_together(
+        self, stack: LaneStack, work: Sequence[tuple[Lane, Batch, int]], position: int
+    ) -> None:
+        lanes, parts, counts = zip(*work, strict=True)
+        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        batch = self._moved(joined)
+        rows = [len(part["label"]) for part in parts]
+        tickets = [
+            Ticket(lane.seat, size, lane.key, lane.step * self.accumulate + position)
+            for lane, size in zip(lanes, rows, strict=True)
+        ]
+        with stack.together(tickets) as tensors:
+            out = self._forward(batch, position)
+            pieces = [out[name].split_with_sizes(rows) for name in ("losses", "correct")]
+            losses = zip(lanes, pieces[0], counts, strict=True)
+            total = [lane.scaled(losses.mean() / count) for lane, losses, count in losses]
+            self._pass_back(torch.stack(total).sum())
+        hand_out(tensors, [lane.parameters for lane in lanes])
+        moved = {name: value.split_with_sizes(rows) for name, value in batch.items()}
+        for number, (lane, loss, correct) in enumerate(zip(lanes, *pieces, strict=True)):
+            lane.add(loss, correct)
+            if self.on_batch is not None:
+                own = {"loss": loss.mean(), "losses": loss, "correct": correct}
+                self.on_batch(lane, own, {name: part[number] for name, part in moved.items()})
+
+    def _moved(self, batch: Batch) -> Batch:
+        device = self.fabric.device
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+    def _forward(self, batch: Batch, number: int) -> dict[str, Tensor]:
+        # Fabric does not autocast around a LightningModule's training_step on one device.
+        with self.fabric.autocast():
+            return self.module.training_step(batch, number)
+
+    def _pass_back(self, loss: Tensor) -> None:
+        precision: Any = self.fabric.strategy.precision
+        if getattr(precision, "scaler", None) is not None:
+            precision.scaler = None  # the loss has each lane's own scale already
+        self.fabric.backward(loss)
+
     def _step(self, lane: Lane) -> None:
-        precision = self.fabric.strategy.precision
+        precision: Any = self.fabric.strategy.precision
+        if lane.scaler is not None:
+            precision.scaler = lane.scaler
         if self.rows_over is not None:
             add_gradients(list(lane.parameters.values()), self.rows_over)
         if self.clip is not None or lane.objectives:
@@ -212,14 +260,16 @@ class LocalLoop:
         self.fabric.strategy.optimizer_step(lane.optimizer)
         lane.optimizer.zero_grad(set_to_none=True)
         lane.step += 1
+        lane.left -= 1
 
-    def _reset_scaler(self) -> None:
-        """A loss scale belongs to one client: the strategy's only scaler starts anew for each."""
-        precision: Any = self.fabric.strategy.precision
-        if getattr(precision, "scaler", None) is not None:
-            precision.scaler = torch.amp.GradScaler(device=self.fabric.device.type)
-            # It has a scale only then: a process may come to its first step without any rows.
-            precision.scaler.scale(torch.zeros((), device=self.fabric.device))
+    def _make_scaler(self) -> Any:
+        """A loss scale of the lane's own, where the precision needs one: it belongs to a client."""
+        if getattr(self.fabric.strategy.precision, "precision", "") != "16-mixed":
+            return None
+        scaler = torch.amp.GradScaler(device=self.fabric.device.type)
+        # It has a scale only then: a process may come to its first step without any rows.
+        scaler.scale(torch.zeros((), device=self.fabric.device))
+        return scaler
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
@@ -234,13 +284,3 @@ class LocalLoop:
                 "learning rate, set trainer.gradient_clip_val, or set trainer.on_nonfinite=skip to "
                 "go on without such clients."
             )
-
-
-def _windows(
-    stream: Iterable[Batch], size: int, total: int
-) -> Iterator[Iterator[tuple[Batch, int]]]:
-    """The batches of each optimizer step, each with the number that its step really has."""
-    stream = iter(stream)
-    for start in range(0, total, size):
-        count = min(size, total - start)
-        yield ((batch, count) for batch in itertools.islice(stream, count))

@@ -59,9 +59,14 @@ class ClientParallelEngine(SequentialEngine):
             client, sent, _ = self.sent(players[number], rnd, server, rule)
             return Turn.from_dict(plain, client, sent)
 
+        owners = assign(costs, self.world.size)
+        mine = [
+            client for client, rank in zip(players, owners, strict=True) if rank == self.world.rank
+        ]
+        own = self.turns(mine, plan, rnd, server, rule)
         turns = self.world.in_order(
-            assign(costs, self.world.size),
-            lambda number: self.take_turn(players[number], plan, rnd, server, rule),
+            owners,
+            lambda _: next(own),  # it asks for each of this rank's, in their order
             Turn.to_dict,
             arrived,
             lambda turn: turn.update.nbytes if turn.update else 0,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from fedlora.distributed.world import World
-    from fedlora.engines.local import Batch, Lane
+    from fedlora.engines.lane import Batch, Lane
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -11,8 +10,10 @@ from torch import Tensor
 
 from fedlora.aggregation.base import turns
 from fedlora.distributed.world import World
-from fedlora.engines.local import Lane, LocalLoop, NonFiniteError
-from fedlora.engines.turn import Start, Turn
+from fedlora.engines.lane import Lane
+from fedlora.engines.local import LocalLoop, NonFiniteError
+from fedlora.engines.shared import SharedSteps
+from fedlora.engines.turn import Clock, Course, Start, Turn
 from fedlora.personal import Kept
 from fedlora.sampling import Absence, Plan
 from fedlora.state import AdapterState, Client, ClientUpdate, Part, Round, ServerState
@@ -85,15 +86,9 @@ class SequentialEngine:
         """Whether each client has a model of its own."""
         return bool(self.own_objectives) or any(rule.private(now) for now in turns(rnd))
 
-    def load(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
-        """Load what a client starts from."""
-        start = self._start(client, rnd, server, rule)
-        self.lora.load(start.state.padded(server.adapter.ranks))
-        return start
-
     def load_own(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> None:
         """Load the model that a client uses: its own where it has one, else the common one."""
-        start = self._start(client, rnd, server, rule)
+        start = self.start_of(client, rnd, server, rule)
         state = start.kept.own.over(start.state) if self.own_objectives else start.state
         self.lora.load(state.padded(server.adapter.ranks))
 
@@ -105,7 +100,8 @@ class SequentialEngine:
         down = rule.distribute(server.adapter, client, rnd)
         return client, down.over(server.adapter.cut(client.rank, client.scale)), down
 
-    def _start(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
+    def start_of(self, client: Client, rnd: Round, server: ServerState, rule: Aggregator) -> Start:
+        """What a client starts from."""
         client, sent, down = self.sent(client, rnd, server, rule)
         # Public knowledge, then what the client kept, then what travelled. The private part goes
         # into the model only: no rule sees it.
@@ -132,25 +128,44 @@ class SequentialEngine:
         self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
     ) -> Iterator[tuple[Client, Turn]]:
         """Every client's turn, in their order."""
-        for client in plan.players:
-            yield client, self.take_turn(client, plan, rnd, server, rule)
+        yield from zip(plan.players, self.turns(plan.players, plan, rnd, server, rule), strict=True)
 
-    def take_turn(
-        self, client: Client, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
-    ) -> Turn:
-        """Train a client, and write what stays with it."""
-        self.on_start(client)
-        try:
-            update, kept = self._turn(client, rnd, server, rule, plan.limits.get(client.id))
-        except Exception as error:
-            if not self.leaves_out(error):
-                raise
-            why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
-            return Turn(reason=why, error=error)
-        # Not the client's fault where that fails. What is written counts.
-        if kept:
-            self.store.write(client.id, rnd.idx + 1, kept)
-        return Turn(update, bool(kept))
+    def turns(
+        self,
+        clients: Sequence[Client],
+        plan: Plan,
+        rnd: Round,
+        server: ServerState,
+        rule: Aggregator,
+    ) -> Iterator[Turn]:
+        """Train some of the clients, and write what stays with them; their turns in this order."""
+
+        def begin(start: Start, seat: int | None) -> Course:
+            return self._course(start, rnd, server, rule, plan.limits.get(start.client.id), seat)
+
+        def conclude(client: Client, result: tuple[ClientUpdate, Kept]) -> Turn:
+            update, kept = result
+            # Not the client's fault where that fails. What is written counts.
+            if kept:
+                self.store.write(client.id, rnd.idx + 1, kept)
+            return Turn(update, bool(kept))
+
+        shared = SharedSteps(
+            self.loop,
+            self.on_start,
+            lambda client: self.start_of(client, rnd, server, rule),
+            begin,
+            conclude,
+            self._left_out,
+        )
+        yield from shared.turns(clients)
+
+    def _left_out(self, error: Exception) -> Turn:
+        """The turn of a client that raised an error, where that does not end the round."""
+        if not self.leaves_out(error):
+            raise error
+        why = NOT_FINITE if isinstance(error, NonFiniteError) else f"error: {_line(error)}"
+        return Turn(reason=why, error=error)
 
     def _miss(
         self,
@@ -167,24 +182,37 @@ class SequentialEngine:
         self.unanswered_nbytes += nbytes
         self.on_absent(absence, nbytes, error)
 
-    def _turn(
-        self, client: Client, rnd: Round, server: ServerState, rule: Aggregator, limit: int | None
-    ) -> tuple[ClientUpdate, Kept]:
-        began = time.perf_counter()
-        start = self.load(client, rnd, server, rule)
+    def _course(
+        self,
+        start: Start,
+        rnd: Round,
+        server: ServerState,
+        rule: Aggregator,
+        limit: int | None,
+        seat: int | None,
+    ) -> Course:
+        """A client's turn; each lane that it yields is to take all of its steps meanwhile."""
+        clock = Clock()
+        self.lora.load(start.state.padded(server.adapter.ranks))
         client, trainable = start.client, rule.trainable(rnd)
         self.lora.set_trainable(trainable)
-        lane = self.loop.open(client, rnd)
+        lane = self.loop.open(client, rnd, seat)
         shared = self.shared(rule, rnd)
         lane.objectives = self.objectives
         lane.received, lane.memory = self._download(client, shared), dict(start.kept.memory)
         if self.objectives or self.own_objectives:
             lane.anchor = {name: lane.parameters[name].detach().clone() for name in shared}
-        self._train(lane, rnd, limit)
-        trained = self._trained(trainable, client)
+        yield from self._train(lane, rnd, limit, clock)
+        trained, seconds = self._trained(trainable, lane), lane.seconds
         own = start.kept.own
         if self.own_objectives:
-            own = self._train_own(start, server, lane.anchor, rnd, limit, rule)
+            second = self._open_own(start, server, lane, rnd)
+            yield from self._train(second, rnd, limit, clock)
+            # With what is trained in other rounds: the server's moves on.
+            ever = {part for now in turns(rnd) for part in rule.trainable(now)}
+            before = own.over(start.state).only(ever)
+            own = self._trained(trainable, second).over(before)
+            seconds += second.seconds
         payload = rule.upload(start.sent, trained, client, rnd)
         kept = Kept(rule.stays(trained, rnd).over(start.kept.adapter), own, lane.memory)
         update = ClientUpdate(
@@ -193,43 +221,38 @@ class SequentialEngine:
             payload=payload,
             weight=float(client.num_samples),
             extra=lane.extra,
-            metrics={**lane.metrics(), "seconds": time.perf_counter() - began},
+            metrics={**lane.metrics(), "seconds": seconds + clock.seconds()},
             num_steps=lane.step,
             down_nbytes=start.down_nbytes + _nbytes(lane.received),
         )
         return update, kept
 
-    def _train_own(
-        self,
-        start: Start,
-        server: ServerState,
-        anchor: Mapping[str, Tensor],
-        rnd: Round,
-        limit: int | None,
-        rule: Aggregator,
-    ) -> AdapterState:
-        """Train the client's own model, on the batches of its first lane; the whole of it."""
+    def _open_own(self, start: Start, server: ServerState, first: Lane, rnd: Round) -> Lane:
+        """A lane of the client's own model, to train on the batches of its first; the whole."""
         state = start.kept.own.over(start.state)
         self.lora.load(state.padded(server.adapter.ranks))
-        lane = self.loop.open(start.client, rnd)
-        lane.objectives, lane.anchor, lane.own = self.own_objectives, anchor, True
-        self._train(lane, rnd, limit)
-        # With what is trained in other rounds: the server's moves on.
-        ever = {part for now in turns(rnd) for part in rule.trainable(now)}
-        return self._trained(rule.trainable(rnd), start.client).over(state.only(ever))
+        lane = self.loop.open(start.client, rnd, first.seat)
+        lane.objectives, lane.anchor, lane.own = self.own_objectives, first.anchor, True
+        return lane
 
-    def _train(self, lane: Lane, rnd: Round, limit: int | None) -> None:
+    def _train(self, lane: Lane, rnd: Round, limit: int | None, clock: Clock) -> Iterator[Lane]:
         client = lane.client
-        self.loop.run(
+        self.loop.start(
             lane,
             rnd,
             self.data.num_batches(client),
             lambda epoch: self.data.client_batches(client, rnd, epoch),
             limit,
         )
+        clock.stop()
+        yield lane
+        clock.go_on()
+        self.loop.finish(lane, rnd)
 
-    def _trained(self, trainable: frozenset[Part], client: Client) -> AdapterState:
-        return self.lora.state().only(trainable).cut(client.rank)
+    def _trained(self, trainable: frozenset[Part], lane: Lane) -> AdapterState:
+        if self.loop.stack is not None and lane.seat is not None:
+            self.loop.stack.take(lane.seat)
+        return self.lora.state().only(trainable).cut(lane.client.rank)
 
     def _download(self, client: Client, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the objectives send to a client beside the adapter."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import traceback
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+from fedlora.engines.lane import Lane
 from fedlora.errors import FedloraError
 from fedlora.personal import Kept
 from fedlora.state import AdapterState, Client, ClientUpdate
@@ -28,6 +31,30 @@ class Start:
     state: AdapterState
     kept: Kept
     down_nbytes: int
+
+
+# A client's turn as it goes on: yields each lane that is to take all of its steps.
+Course: TypeAlias = Generator[Lane, None, tuple[ClientUpdate, Kept]]
+
+
+@dataclass
+class Clock:
+    """The seconds that a turn takes beside its steps."""
+
+    spent: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    def stop(self) -> None:
+        """Others take their steps."""
+        self.spent += time.perf_counter() - self.began
+
+    def go_on(self) -> None:
+        """It is the turn's own time again."""
+        self.began = time.perf_counter()
+
+    def seconds(self) -> float:
+        """What it took until now."""
+        return self.spent + time.perf_counter() - self.began
 
 
 @dataclass(frozen=True)

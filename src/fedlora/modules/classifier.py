@@ -67,6 +67,10 @@ class CLIPLoRAClassifier(LightningModule):
             training rows of k classes, n_c of them of this one, so that the mean weight is 1 (0 for
             a class without rows). For that each client's counts of rows per class are added up at
             the server: it learns who holds which classes unless it sees nothing but their sum.
+        frozen_cache_gb: with ``lora.layers`` what the vision blocks below the first adapted one
+            give for a picture never changes. ``FederatedTrainer`` keeps it on the model's device
+            where that of all pictures takes at most so many 10^9 bytes in a process, else none of
+            it. 0: never. Augmented pictures are computed each time.
 
     Raises:
         FedloraError: for a wrong setting; for a model that cannot be had, once it is built.
@@ -85,6 +89,7 @@ class CLIPLoRAClassifier(LightningModule):
         adapter: str | None = None,
         metrics: list[MetricName] | None = None,
         class_weights: ClassWeights = None,
+        frozen_cache_gb: float = 1.0,
     ) -> None:
         super().__init__()
         lora.validate()
@@ -98,6 +103,8 @@ class CLIPLoRAClassifier(LightningModule):
             raise FedloraError(f"model.label_smoothing must be in [0, 1), got {label_smoothing}.")
         if head_lr is not None and not head_lr >= 0:
             raise FedloraError(f"model.head_lr must be 0 or above, got {head_lr}.")
+        if not frozen_cache_gb >= 0:
+            raise FedloraError(f"model.frozen_cache_gb must be 0 or above, got {frozen_cache_gb}.")
         self.model_name = model_name
         self.num_classes = num_classes
         self.head = head
@@ -109,6 +116,7 @@ class CLIPLoRAClassifier(LightningModule):
         self.adapter = adapter
         self.metrics = check_metrics(metrics)
         self.class_weights = check_class_weights(class_weights)
+        self.frozen_cache_gb = frozen_cache_gb
         self.loss_weights: Tensor | None  # of each class, (num_classes,), once the model is built
         self.register_buffer("loss_weights", None, persistent=False)
         self.model: FederatedCLIPModel | None = None
@@ -182,15 +190,37 @@ class CLIPLoRAClassifier(LightningModule):
         if self.adapter is not None and self.lora is not None:
             load_adapter(self.adapter, self.lora)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float."""
+    def keep_frozen(self, client: int, count: int, batches: Iterable[Batch]) -> None:
+        """Compute what frozen blocks give for a client's training rows, where that is kept.
+
+        Within :func:`~fedlora.modules.prefix.keeping_frozen`, before each time that it trains and
+        under the autocast of its steps; does nothing the second time.
+
+        Args:
+            client: id.
+            count: its training rows.
+            batches: all of these, each time in the same batches; not begun where not needed.
+        """
+        if self.model is not None and self.model.prefix is not None:
+            self.model.prefix.keep(client, count, batches)
+
+    def forward(
+        self, images: Tensor, index: Tensor | None = None, *, fixed: bool = False
+    ) -> Tensor:
+        """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float.
+
+        Args:
+            images: the pictures.
+            index: (n,), which ones they are, for what is kept of them.
+            fixed: whether these always come together, in this order.
+        """
         if self.model is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
-        return self.model(images)  # type: ignore[no-any-return]
+        return self.model(images, index, fixed=fixed)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """The loss of a batch: ``loss`` (mean), ``losses`` (n,), weighted, and ``correct`` (n,)."""
-        logits = self(batch["image"])
+        logits = self(batch["image"], batch.get("index"))
         losses = nn.functional.cross_entropy(
             logits, batch["label"], reduction="none", label_smoothing=self.label_smoothing
         )
@@ -201,7 +231,7 @@ class CLIPLoRAClassifier(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """``losses`` (n,), ``logits`` (n, classes) and ``label`` (n,): no smoothing, no weights."""
-        logits = self(batch["image"])
+        logits = self(batch["image"], batch.get("index"), fixed=True)
         losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
         return {"losses": losses, "logits": logits, "label": batch["label"]}
 
@@ -211,7 +241,8 @@ class CLIPLoRAClassifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """``index`` (n,) of each picture and its class probabilities ``probs`` (n, classes)."""
-        return {"index": batch["index"], "probs": self(batch["image"]).softmax(-1)}
+        logits = self(batch["image"], batch["index"], fixed=True)
+        return {"index": batch["index"], "probs": logits.softmax(-1)}
 
     def make_metrics(
         self, names: Sequence[MetricName] = (), sync: bool = False
@@ -226,11 +257,17 @@ class CLIPLoRAClassifier(LightningModule):
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
         return make_metrics(self.model.num_classes, names, sync)
 
-    def optimizer_groups(self) -> list[dict[str, Any]]:
-        """The trained parameters, the head apart so that it has its own learning rate."""
+    def optimizer_groups(
+        self, trained: Mapping[str, nn.Parameter] | None = None
+    ) -> list[dict[str, Any]]:
+        """The trained parameters, the head apart so that it has its own learning rate.
+
+        Args:
+            trained: in their place, by the same names.
+        """
         if self.lora is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
-        trained = self.lora.trainable()
+        trained = self.lora.trainable() if trained is None else trained
         # Trained in full or by an adapter of its own.
         heads = ("other/classifier.", "A/classifier", "B/classifier")
         head = [p for name, p in trained.items() if name.startswith(heads)]
@@ -239,6 +276,10 @@ class CLIPLoRAClassifier(LightningModule):
         if head:
             groups.append({"params": head} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
+
+    def make_optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        """A fresh optimizer over these, named as in ``lora.trainable()``."""
+        return fuse(self.optimizer(self.optimizer_groups(trained)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer over what is trainable now."""

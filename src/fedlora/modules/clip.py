@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from operator import index
 from os import PathLike, fspath
-from typing import Any, Literal, SupportsIndex
+from typing import TYPE_CHECKING, Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,16 @@ from fedlora.data.templates import DEFAULT_TEMPLATES, check_templates
 from fedlora.errors import FedloraError
 from fedlora.modules import families
 from fedlora.modules.federated_classifier import FederatedClassifier
+from fedlora.modules.layers import Bound
 from fedlora.modules.loading import (
     load_clip,
     load_preprocess_config,
     load_tokenizer,
     weights_sha256,
 )
+
+if TYPE_CHECKING:
+    from fedlora.modules.prefix import FrozenPrefix
 
 Head = Literal["linear", "text"]
 PROMPTS_AT_ONCE = 1024  # in a pass through the text tower that keeps nothing for gradients
@@ -104,7 +109,11 @@ class FederatedCLIPModel(FederatedClassifier):
         # The text head's class features while the text tower stands still; None: made each time.
         self.text_features: Tensor | None
         self.register_buffer("text_features", None, persistent=False)
+        # Likewise for a while in which nothing is trained; none before they are asked for.
+        self._held_text: list[Tensor] | None = None
         self._prompts: dict[str, Tensor] = {}
+        self.prefix: FrozenPrefix | None = None  # what frozen blocks give, while a trainer plays
+        self.lanes: Bound | None = None  # whose pictures are in a batch, where several clients' are
         if class_names is not None:
             self._prompts = self._tokenize()
         if head == "linear":
@@ -151,6 +160,29 @@ class FederatedCLIPModel(FederatedClassifier):
         if self._prompts:
             self.text_features = self.encode_text(self._prompts) if frozen else None
 
+    @contextmanager
+    def holding_text(self) -> Iterator[None]:
+        """Make the text head's class features once and not in each pass without gradients.
+
+        For as long as the context lasts, in which the text tower must not change.
+        """
+        before, self._held_text = self._held_text, []
+        try:
+            yield
+        finally:
+            self._held_text = before
+
+    def class_features(self) -> Tensor:
+        """The text head's, normalised: (classes, dim)."""
+        if self.text_features is not None:
+            return self.text_features
+        held = None if torch.is_grad_enabled() else self._held_text
+        if held is None:
+            return self.encode_text(self._prompts)
+        if not held:  # not before: under the caller's autocast
+            held.append(self.encode_text(self._prompts))
+        return held[0]
+
     def _tokenize(self) -> dict[str, Tensor]:
         """Every class in every template: (classes * templates, length).
 
@@ -182,25 +214,46 @@ class FederatedCLIPModel(FederatedClassifier):
         """Normalised image features: (n, 3, H, W) float -> (n, dim)."""
         return families.image_features(self.clip, pixels)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def as_pixels(self, images: Tensor) -> Tensor:
+        """Normalised (n, 3, H, W) in the model's type, of uint8 or of what is normalised."""
+        if images.dtype == torch.uint8:
+            images = self.preprocess.normalise(images)
+        return images.to(self.clip.dtype)
+
+    def forward(
+        self, images: Tensor, index: Tensor | None = None, *, fixed: bool = False
+    ) -> Tensor:
         """Logits.
 
         Args:
             images: (n, 3, H, W), uint8 as from the data module, or float and already normalised.
+            index: (n,), which pictures these are, for what is kept of them while a trainer plays;
+                best on the CPU, where it is read.
+            fixed: whether these pictures always come together, in this order.
 
         Returns:
             (n, num_classes), float32.
         """
-        if images.dtype == torch.uint8:
-            images = self.preprocess.normalise(images)
-        features = self.encode_image(images.to(self.clip.dtype))
+        if self.prefix is None:
+            features = self.encode_image(self.as_pixels(images))
+        else:
+            features = self.prefix.image_features(images, index, fixed=fixed)
         if self.classifier is not None:
             logits: Tensor = self.classifier(features)
             return logits.float()
-        text = self.text_features
-        if text is None:
-            text = self.encode_text(self._prompts)
-        return self.logit_scale * (features @ text.T.to(features.dtype)).float()
+        return self.logit_scale * self._cosines(features).float()
+
+    def _cosines(self, features: Tensor) -> Tensor:
+        """Of the images with each class's prompts: (n, dim) -> (n, classes)."""
+        if self.text_features is not None or self.lanes is None:
+            text = self.class_features().to(features.dtype)
+            return features @ text.T
+        # A text tower that lanes have each their own of sees the prompts once for each.
+        count = len(self.lanes.rows)
+        prompts = {name: tokens.repeat(count, 1) for name, tokens in self._prompts.items()}
+        own = self.encode_text(prompts).to(features.dtype).chunk(count)
+        parts = features.split_with_sizes(list(self.lanes.rows))
+        return torch.cat([part @ text.T for part, text in zip(parts, own, strict=True)])
 
     def set_parameters(self, parameters: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`get_parameters` gave, and start with a fresh optimizer.

@@ -219,7 +219,8 @@ class CLIPLoRAWrapper(LoRAWrapper):
             # The base was frozen meanwhile, whatever the model did.
             self.federated.moved = self._moved or not self.config.enabled
 
-    def _sees_rows(self, layer: str) -> bool:
+    def sees_rows(self, layer: str) -> bool:
+        """Whether a layer sees pictures and not prompts."""
         return not layer.startswith("text_")  # that tower sees prompts
 
     def _tell_text(self) -> None:

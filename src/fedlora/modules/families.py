@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fedlora.errors import FedloraError
@@ -65,6 +65,38 @@ def image_features(clip: Clip, pixels: Tensor) -> Tensor:
     """Normalised image features: (n, 3, H, W) float -> (n, dim)."""
     pooled = clip.vision_model(pixel_values=pixels).pooler_output
     return _features(pooled, getattr(clip, "visual_projection", None))
+
+
+def vision_parts(clip: Clip) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What the vision tower runs pictures through, in order: what is before its blocks, and these.
+
+    Only CLIP has a norm before its blocks.
+    """
+    vision: Any = clip.vision_model
+    norm = getattr(vision, "pre_layrnorm", None)
+    before = [vision.embeddings] if norm is None else [vision.embeddings, norm]
+    return before, list(vision.encoder.layers)
+
+
+def first_blocks(clip: Clip, pixels: Tensor, count: int) -> Tensor:
+    """What the first blocks of the vision tower give: (n, 3, H, W) float -> (n, tokens, width)."""
+    before, blocks = vision_parts(clip)
+    hidden = pixels
+    for part in before:
+        hidden = part(hidden)
+    for block in blocks[:count]:
+        hidden = block(hidden, None)
+    return hidden
+
+
+def features_after(clip: Clip, hidden: Tensor, count: int) -> Tensor:
+    """The rest of :func:`image_features`, from what :func:`first_blocks` gave: (n, dim)."""
+    vision: Any = clip.vision_model
+    for block in vision_parts(clip)[1][count:]:
+        hidden = block(hidden, None)
+    if clip.config.model_type == "siglip":
+        return _features(vision.head(vision.post_layernorm(hidden)), None)
+    return _features(vision.post_layernorm(hidden[:, 0]), clip.visual_projection)
 
 
 def text_features(clip: Clip, tokens: Mapping[str, Tensor]) -> Tensor:

@@ -88,14 +88,17 @@ class LaneNorm(nn.LayerNorm):
         """As in ``nn.LayerNorm``: (…, features)."""
         if self.lanes is None:
             return super().forward(x)
-        weight, bias = (self.lanes.spread(name, x) for name in ("weight", "bias"))
+        own, rows = self.lanes.tensors, list(self.lanes.rows)
+        each = len(x) // sum(rows)
         # What is not trained is common to all.
-        weight, bias = (
-            self.weight if weight is None else weight,
-            self.bias if bias is None else bias,
+        weights, biases = (
+            own.get(name, [getattr(self, name)] * len(rows)) for name in ("weight", "bias")
         )
-        y = nn.functional.layer_norm(x, self.normalized_shape, None, None, self.eps)
-        return (y * weight + bias).to(y.dtype)
+        parts = zip(x.split_with_sizes([n * each for n in rows]), weights, biases, strict=True)
+        norm = nn.functional.layer_norm
+        return torch.cat(
+            [norm(part, self.normalized_shape, w, b, self.eps) for part, w, b in parts]
+        )
 
 
 def is_quick(x: Tensor, weight: Tensor) -> bool:

@@ -109,9 +109,9 @@ class LearnedParts:
         for name, layer in self.layers.items():
             dropout = layer.lora_dropout[ADAPTER]
             if isinstance(dropout, KeyedDropout):  # there is none where the rate is 0
-                dropout.draws = draws if self._sees_rows(name) else text
+                dropout.draws = draws if self.sees_rows(name) else text
 
-    def _sees_rows(self, layer: str) -> bool:
+    def sees_rows(self, layer: str) -> bool:
         """Whether the first dimension of what a layer sees is that of the batch."""
         return True
 
@@ -212,9 +212,17 @@ class LearnedParts:
             own = self._own(part)
             for name, tensor in state.part(part).items():
                 own[name].copy_(tensor.view_as(own[name]))
-        for name, value in state.scaling.items():
-            self.scaling[name] = self.layers[name].scaling[ADAPTER] = value
+        self.set_scaling(state.scaling)
         self.served.serve(state.residual)
+
+    def set_scaling(self, scaling: Mapping[str, float]) -> None:
+        """Scale the adapters of these layers so."""
+        for name, value in scaling.items():
+            self.scaling[name] = self.layers[name].scaling[ADAPTER] = value
+
+    def has_statistics(self) -> bool:
+        """Whether there are running statistics beside what is trained."""
+        return bool(self._originals.statistics())
 
     def _own(self, part: Part) -> dict[str, Tensor]:
         statistics = self._originals.statistics() if part == "other" else {}

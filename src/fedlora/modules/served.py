@@ -73,6 +73,12 @@ class ServedWeights:
                     "are exchanged (set lora.save_only_trainable=true, or call model.float())"
                 )
 
+    def is_serving(self, residual: Mapping[str, Residual]) -> bool:
+        """Whether exactly this residual is served, the same objects."""
+        return residual.keys() == self.residual.keys() and all(
+            self.residual[name] is change for name, change in residual.items()
+        )
+
     @torch.no_grad()
     def serve(self, residual: Mapping[str, Residual]) -> None:
         """Serve exactly this residual; an empty one brings the pristine weights back."""

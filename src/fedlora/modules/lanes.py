@@ -1,0 +1,193 @@
+"""The adapters of several clients at once in one model, over its frozen weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.errors import FedloraError
+from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
+from fedlora.modules.dropout import Draws
+from fedlora.modules.layers import Bound, LaneLinear, LaneNorm
+from fedlora.sampling import derive_seed
+from fedlora.state import Part
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter is used: ``role`` of ``layer``, which ``sees`` pictures or prompts."""
+
+    layer: Any
+    role: str
+    path: str
+    sees_rows: bool
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One lane's part of a step.
+
+    Attributes:
+        seat: which of the stack's adapters it trains.
+        rows: pictures of its own in the batch, behind those of the lanes before it.
+        key: what its dropout masks are drawn from, with ``number``.
+        number: of its batch.
+    """
+
+    seat: int
+    rows: int
+    key: int
+    number: int
+
+
+class LaneStack:
+    """Room for the adapters, heads and scalings of several clients, stacked by parameter.
+
+    A client's values come from the model and go back into it: :meth:`put`, :meth:`take`. Between
+    the two it has leaves of its own (:meth:`leaves`), for an optimizer of its own, and any of the
+    seats can share a step (:meth:`together`).
+
+    Args:
+        lora: the adapter in the model.
+        seats: how many.
+
+    Raises:
+        FedloraError: for a parameter that lanes cannot have apart; :func:`why_not` says which.
+    """
+
+    def __init__(self, lora: CLIPLoRAWrapper, seats: int) -> None:
+        if reason := why_not(lora):
+            raise FedloraError(f"trainer.lanes must be 1 here: {reason}.")
+        self.lora = lora
+        self.seats = seats
+        self._places = dict(_places(lora))
+        self._own: dict[str, Tensor] = {
+            f"{part}/{path}": parameter
+            for part, parameters in lora.parameters.items()
+            for path, parameter in parameters.items()
+        }
+        with torch.no_grad():
+            self._stacked = {
+                name: own.detach().expand(seats, *own.shape).clone()
+                for name, own in self._own.items()
+            }
+        self._scaling: list[dict[str, float]] = [dict(lora.scaling) for _ in range(seats)]
+
+    @torch.no_grad()
+    def put(self, seat: int) -> None:
+        """Let a seat have what is in the model."""
+        for name, own in self._own.items():
+            self._stacked[name][seat].copy_(own)
+        self._scaling[seat] = dict(self.lora.scaling)
+
+    @torch.no_grad()
+    def take(self, seat: int) -> None:
+        """Put what a seat has into the model."""
+        for name, own in self._own.items():
+            own.copy_(self._stacked[name][seat])
+        self.lora.set_scaling(self._scaling[seat])
+
+    def leaves(self, seat: int) -> dict[str, nn.Parameter]:
+        """What a seat trains, in the seat's own memory, by name as in ``lora.trainable()``."""
+        return {
+            name: nn.Parameter(self._stacked[name][seat])
+            for name, own in self._own.items()
+            if own.requires_grad
+        }
+
+    @contextmanager
+    def together(self, tickets: Sequence[Ticket]) -> Iterator[dict[str, Tensor]]:
+        """Let the model compute with several seats at once.
+
+        Args:
+            tickets: the lanes, in the order in which their rows lie in the batch.
+
+        Yields:
+            Name -> the values of these seats, (lanes, …), a leaf where it is trained.
+        """
+        seats = [ticket.seat for ticket in tickets]
+        chosen = slice(None) if seats == list(range(self.seats)) else seats
+        tensors = {
+            name: stacked[chosen].detach().requires_grad_(self._own[name].requires_grad)
+            for name, stacked in self._stacked.items()
+        }
+        layers = self._bind(tensors, tickets)
+        self.lora.set_draws(
+            Draws(
+                [derive_seed(ticket.key, ticket.number) for ticket in tickets],
+                [ticket.rows for ticket in tickets],
+            )
+        )
+        self.lora.federated.lanes = Bound(rows=[ticket.rows for ticket in tickets])
+        try:
+            yield tensors
+        finally:
+            for layer in layers:
+                layer.lanes = None
+            self.lora.federated.lanes = None
+            self.lora.set_draws(None)
+
+    def _bind(self, tensors: Mapping[str, Tensor], tickets: Sequence[Ticket]) -> list[Any]:
+        """Give each layer its part; the layers."""
+        of_layer: dict[int, tuple[Place, dict[str, Tensor]]] = {}
+        for name, place in self._places.items():
+            of_layer.setdefault(id(place.layer), (place, {}))[1][place.role] = tensors[name]
+        for place, own in of_layer.values():
+            rows = [ticket.rows if place.sees_rows else 1 for ticket in tickets]
+            scales = [self._scaling[ticket.seat].get(place.path, 1.0) for ticket in tickets]
+            place.layer.lanes = Bound(own, rows, scales)
+        return [place.layer for place, _ in of_layer.values()]
+
+
+def hand_out(tensors: Mapping[str, Tensor], lanes: Sequence[Mapping[str, nn.Parameter]]) -> None:
+    """Add the gradients of what :meth:`LaneStack.together` gave to each lane's own leaves."""
+    for name, tensor in tensors.items():
+        if tensor.grad is None:
+            continue
+        for lane, gradient in zip(lanes, tensor.grad, strict=True):
+            parameter = lane[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def _places(lora: CLIPLoRAWrapper) -> Iterator[tuple[str, Place]]:
+    """Name of a parameter -> where it is used, of those that a lane can have apart."""
+    from fedlora.modules.adapted import AdaptedLinear
+
+    for path, layer in lora.layers.items():
+        if isinstance(layer, AdaptedLinear):
+            for part in ("A", "B"):
+                yield f"{part}/{path}", Place(layer, part, path, lora.sees_rows(path))
+    holders = {
+        id(parameter): (module, role)
+        for module in lora.federated.modules()
+        if isinstance(module, LaneLinear | LaneNorm)
+        for role, parameter in module.named_parameters(recurse=False)
+    }
+    for path, parameter in lora.parameters["other"].items():
+        if id(parameter) in holders:
+            module, role = holders[id(parameter)]
+            yield f"other/{path}", Place(module, role, path, lora.sees_rows(path))
+
+
+def why_not(lora: CLIPLoRAWrapper) -> str:
+    """Why the clients of this model cannot share a step; empty if they can."""
+    if not lora.config.enabled:
+        return "without LoRA (model.lora.enabled=false) clients have nothing frozen to share"
+    known = dict(_places(lora))
+    parts: Iterable[Part] = lora.parameters
+    lacking = [
+        f"{part}/{path}"
+        for part in parts
+        for path in lora.parameters[part]
+        if f"{part}/{path}" not in known
+    ]
+    if lacking:
+        return f"{lacking[0].partition('/')[2]} is trained, of which lanes cannot have one each"
+    if lora.has_statistics():
+        return "the model keeps running statistics, which clients would mix"
+    return ""
