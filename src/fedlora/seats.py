@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from fedlora.errors import FedloraError
 from fedlora.modules.lanes import LaneStack, why_not
 from fedlora.state import Client
@@ -13,6 +16,12 @@ if TYPE_CHECKING:
     from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
     from fedlora.trainer import FederatedTrainer
 
+MOST = 64  # that ``auto`` lets share a pass
+SHARE = 0.5  # of a device's memory that ``auto`` lets their activations and adapters take
+# Bytes that a pass keeps for the backward pass, up to which a CPU core spends much of its time on
+# what does not grow with the batch: beyond, one client at a time is as quick.
+ENOUGH_FOR_A_CPU = 64 * 2**20
+
 
 def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStack | None:
     """Room for the adapters of ``trainer.lanes`` clients; None where each trains alone.
@@ -20,22 +29,65 @@ def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStac
     Raises:
         FedloraError: for lanes that this run cannot have.
     """
-    lora = trainer.lightning_module.lora
-    if lora is None or trainer.lanes == 1:
+    lora, lanes = trainer.lightning_module.lora, trainer.lanes
+    if lora is None or lanes == 1:
         return None
-    spread = trainer.world.size > 1 and trainer.spread == "ddp"
-    if trainer.lanes == "auto":
-        lanes = 1 if spread or why_not(lora) else _that_pay(trainer, lora)
-    elif spread:
+    if trainer.world.size > 1 and trainer.spread == "ddp":
+        if lanes == "auto":
+            return None
         raise FedloraError(
-            f"trainer.lanes={trainer.lanes} lets clients share steps, and strategy=ddp lets "
-            "processes share the steps of one client. Use strategy=clients, or lanes=1."
+            f"trainer.lanes={lanes} lets clients share passes, and strategy=ddp lets processes "
+            "share the passes of one client. Use strategy=clients, or lanes=1."
         )
-    else:
-        lanes = trainer.lanes
-    lanes = min(lanes, trainer.clients_per_round or len(clients))
-    return LaneStack(lora, lanes) if lanes > 1 else None
+    if lanes == "auto":
+        lanes = 1 if why_not(lora) else that_pay(trainer, lora)
+    seats = min(int(lanes), trainer.clients_per_round or len(clients))
+    return LaneStack(lora, seats) if seats > 1 else None
 
 
-def _that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
-    return 1
+def that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
+    """As many clients as fill a pass, of the memory that is there; the same in every run."""
+    device = trainer.fabric.device
+    activations = kept_for_backward(trainer, lora)
+    if device.type == "cpu":
+        return max(1, min(MOST, ENOUGH_FOR_A_CPU // activations))
+    # Adapter, gradient and two moments.
+    adapter = 4 * sum(tensor.nbytes for tensor in lora.trainable().values())
+    return max(1, min(MOST, int(SHARE * _memory(device)) // (activations + adapter)))
+
+
+def kept_for_backward(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
+    """Bytes that the forward pass of one training batch keeps, parameters and buffers apart."""
+    module, data, device = trainer.lightning_module, trainer.datamodule, trainer.fabric.device
+    size = module.preprocess.size
+    batch = {
+        "image": torch.zeros(data.batch_size, 3, size, size, dtype=torch.uint8, device=device),
+        "label": torch.zeros(data.batch_size, dtype=torch.int64, device=device),
+        "index": torch.zeros(data.batch_size, dtype=torch.int64, device=device),
+    }
+    own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    module.train()
+    lora.set_dropout_key(0)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            with trainer.fabric.autocast():
+                out = module.training_step(batch)
+            del out
+    finally:
+        lora.set_dropout_key(None)
+    return max(1, sum(kept.values()))
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of a device's memory in all: what is free differs from run to run."""
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    return int(torch.cuda.get_device_properties(device).total_memory)

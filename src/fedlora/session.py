@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,6 +19,7 @@ from fedlora.distributed.launch import end, explained
 from fedlora.distributed.world import World
 from fedlora.errors import CheckpointError, ElsewhereError, FedloraError
 from fedlora.federation import make_clients, make_rounds
+from fedlora.modules.prefix import keeping_frozen
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import derive_seed
@@ -105,8 +106,16 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     if trainer.world.is_zero:
         run.write_config(trainer.config_text)
     _check_folder(trainer.world, rounds)
-    with _log_file(run) if trainer.world.is_zero else nullcontext():
+    with _log_file(run) if trainer.world.is_zero else nullcontext(), _keeping(trainer):
         _play(trainer, rounds, fresh=saved is None)
+
+
+def _keeping(trainer: FederatedTrainer) -> AbstractContextManager[None]:
+    """What frozen blocks give for pictures is kept, as far as the model's bound allows."""
+    data = trainer.datamodule
+    trained, others = data.holdings.pictures()
+    trained = trained if data.augment is None else 0
+    return keeping_frozen(trainer.lightning_module, trained, others, trainer.progress.say)
 
 
 def _check_folder(world: World, rounds: Rounds) -> None:

@@ -56,15 +56,14 @@ class FederatedTrainer:
         min_clients: answers without which a round does not count; 0 does without any.
         client_ranks: LoRA ranks of clients, at most the model's: one for all, a list with one for
             each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed.
-        client_alpha: with ``client_ranks``: ``scaled`` lets lora_alpha follow the rank, so that all
-            clients scale by the same lora_alpha / rank; ``fixed`` is one lora_alpha for all.
+        client_alpha: what they share: lora_alpha / rank (``scaled``) or lora_alpha (``fixed``).
         local_epochs: passes over its rows that a client makes in a round.
         local_steps: optimizer steps of a client in a round; replaces ``local_epochs``.
         round_lr: what the learning rates are multiplied with over the rounds; constant by default.
         gradient_clip_val: largest norm of a client's gradient.
         accumulate_grad_batches: batches per optimizer step.
         val_every_n_rounds: how often to evaluate; the last round always is.
-        val_clients: whose validation rows to evaluate on: ``participants``, ``all`` or a number.
+        val_clients: whose own rows to evaluate on: ``participants``, ``all`` or a number.
         limit_train_batches: most batches of a local epoch.
         fast_dev_run: one round of one batch each.
         deterministic: only deterministic algorithms (needed for equal bits on a GPU).
@@ -125,7 +124,7 @@ class FederatedTrainer:
             val_clients=(val_clients if isinstance(val_clients, int) else None, 1),
             limit_train_batches=(limit_train_batches, 1),
             threads=(threads, 1),
-            lanes=(lanes if isinstance(lanes, int) else None, 1),
+            lanes=(None if lanes == "auto" else lanes, 1),
         )
         sampling.validate()
         round_lr.validate()

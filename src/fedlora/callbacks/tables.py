@@ -110,4 +110,7 @@ def _device(trainer: FederatedTrainer) -> str:
     if trainer.world_size > 1:
         shared = "clients" if trainer.spread == "clients" else "the rows of batches (ddp)"
         said.append(f"{trainer.world_size} processes share {shared}")
+    stack = trainer.rounds.engine.loop.stack
+    if stack is not None:
+        said.append(f"{stack.seats} clients share a pass")
     return ", ".join(said)

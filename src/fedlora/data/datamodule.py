@@ -240,6 +240,11 @@ class FederatedDataModule(LightningDataModule):
         train = self.holdings.division.train[client.id]
         return self.holdings.rows(train, self.augment, changes).batches(self.batch_size, order)
 
+    def client_rows(self, client: Client) -> Iterator[Batch]:
+        """A client's training rows as they are, always in the same batches and order."""
+        rows = self.holdings.rows(self.holdings.division.train[client.id])
+        return rows.batches(self.eval_batch_size)
+
     def client_val_batches(self, client: Client) -> Iterator[Batch]:
         """A client's validation batches, always in the same order; none if it has no such rows."""
         rows = self.holdings.rows(self.holdings.division.client_val[client.id])

@@ -48,6 +48,12 @@ class Holdings:
         pairs = zip(self.division.train, self.division.names, strict=True)
         return [Client(id=i, num_samples=len(rows), name=n) for i, (rows, n) in enumerate(pairs)]
 
+    def pictures(self) -> tuple[int, int]:
+        """How many clients train on, and how many are in other batches, in several counted so."""
+        parts = self.division
+        others = (parts.val, parts.test, *parts.client_val, *parts.client_test)
+        return sum(map(len, parts.train)), sum(map(len, others))
+
     @property
     def skipped(self) -> dict[str, str]:
         """Pictures left out: key -> why it cannot be read."""

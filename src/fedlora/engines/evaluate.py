@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -43,7 +44,8 @@ def in_turns(
     """
 
     def take(number: int, batch: Batch) -> dict[str, Tensor]:
-        batch = {name: value.to(fabric.device) for name, value in batch.items()}
+        # The index is read here, for which the device would have to be waited for.
+        batch = {n: v if n == "index" else v.to(fabric.device) for n, v in batch.items()}
         with fabric.autocast():
             return step(batch, number)
 
@@ -99,9 +101,11 @@ def evaluate(
     module.eval()
     metrics = module.make_metrics(names).to(fabric.device)
     rows = 0
-    for out in in_turns(fabric, batches, step, world or World()):
-        update_metrics(metrics, out)
-        rows += len(out["label"])
+    holding = nullcontext() if module.model is None else module.model.holding_text()
+    with holding:
+        for out in in_turns(fabric, batches, step, world or World()):
+            update_metrics(metrics, out)
+            rows += len(out["label"])
     return compute_metrics(metrics, names) if rows else Scores({})
 
 

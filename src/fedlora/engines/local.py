@@ -176,6 +176,12 @@ class LocalLoop:
             objective.on_lane_end(lane)
         self._check_finite(lane, rnd)
 
+    def keep_frozen(self, client: Client, per_epoch: int, batches: Iterable[Batch]) -> None:
+        """Compute what frozen blocks give for a client's rows, where it passes over them all."""
+        if self.num_batches(per_epoch) >= per_epoch:  # else few of them may ever be needed
+            with self.fabric.autocast():
+                self.module.keep_frozen(client.id, client.num_samples, batches)
+
     def _stream(self, batches: Callable[[int], Iterable[Batch]]) -> Iterator[Batch]:
         for epoch in itertools.count():
             yield from itertools.islice(batches(epoch), self.limit_batches)
@@ -232,7 +238,13 @@ class LocalLoop:
 
     def _moved(self, batch: Batch) -> Batch:
         device = self.fabric.device
-        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+        if device.type == "cuda":  # from memory of any other kind the copy waits for the device
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        # The index is read here, for which the device would have to be waited for.
+        return {
+            name: value if name == "index" else value.to(device, non_blocking=True)
+            for name, value in batch.items()
+        }
 
     def _forward(self, batch: Batch, number: int) -> dict[str, Tensor]:
         # Fabric does not autocast around a LightningModule's training_step on one device.

@@ -60,8 +60,9 @@ class AdaptedLinear(PeftLinear):
         A, B = lanes.tensors["A"], lanes.tensors["B"]
         if len(set(counts)) == 1:
             low = torch.bmm(flat.view(len(counts), counts[0], -1), A.transpose(1, 2))
-            scales = low.new_tensor(lanes.scales).view(-1, 1, 1)
-            change = torch.bmm(low * scales, B.transpose(1, 2)).flatten(0, 1)
+            # Not as a tensor: a GPU would be waited for.
+            low = torch.stack([own * s for own, s in zip(low, lanes.scales, strict=True)])
+            change = torch.bmm(low, B.transpose(1, 2)).flatten(0, 1)
         else:
             parts = zip(flat.split_with_sizes(counts), A, B, lanes.scales, strict=True)
             linear = nn.functional.linear

@@ -31,17 +31,15 @@ class Bound:
         each = x.numel() // x.shape[-1] // sum(self.rows)
         return [rows * each for rows in self.rows]
 
-    def spread(self, name: str, like: Tensor) -> Tensor | None:
-        """A parameter of each lane beside its rows, (rows, 1, …, features); None without it."""
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            return None
-        each = len(like) // sum(self.rows)
-        # Not by an index, whose gradient is summed in no fixed order on a GPU.
-        parts = [
-            own.expand(rows * each, *own.shape) for own, rows in zip(tensor, self.rows, strict=True)
-        ]
-        return torch.cat(parts).view(len(like), *(1 for _ in like.shape[2:]), -1)
+    def split(self, x: Tensor) -> Sequence[Tensor]:
+        """The rows of x of each lane, the first dimension."""
+        each = len(x) // sum(self.rows)
+        return x.split_with_sizes([rows * each for rows in self.rows])
+
+    def of_lanes(self, name: str, common: Tensor | None) -> Sequence[Tensor | None]:
+        """A parameter of each lane; of what is not trained the common one."""
+        own = self.tensors.get(name)
+        return [common] * len(self.rows) if own is None else list(own)
 
 
 class LaneLinear(nn.Linear):
@@ -67,16 +65,18 @@ class LaneLinear(nn.Linear):
 
     def with_bias(self, y: Tensor) -> Tensor:
         """``y`` (…, out_features) with the bias added, that of each lane where they differ."""
-        own = None if self.lanes is None else self.lanes.spread("bias", y)
-        bias = self.bias if own is None else own
-        return y if bias is None else y + bias.to(y.dtype)
+        if self.bias is None:
+            return y
+        if self.lanes is None:
+            return y + self.bias.to(y.dtype)
+        # Part by part: so gradients are the same sums as without other lanes.
+        parts = zip(self.lanes.split(y), self.lanes.of_lanes("bias", self.bias), strict=True)
+        return torch.cat([part + bias.to(y.dtype) for part, bias in parts if bias is not None])
 
     def _in_full(self, x: Tensor, lanes: Bound) -> Tensor:
-        biases = lanes.tensors.get("bias", [None] * len(lanes.rows))
-        each = len(x) // sum(lanes.rows)
-        parts = x.split_with_sizes([rows * each for rows in lanes.rows])
-        products = zip(parts, lanes.tensors["weight"], biases, strict=True)
-        return torch.cat([nn.functional.linear(*product) for product in products])
+        factors = (lanes.of_lanes(name, getattr(self, name)) for name in ("weight", "bias"))
+        parts = zip(lanes.split(x), *factors, strict=True)
+        return torch.cat([nn.functional.linear(*part) for part in parts])
 
 
 class LaneNorm(nn.LayerNorm):
@@ -88,17 +88,10 @@ class LaneNorm(nn.LayerNorm):
         """As in ``nn.LayerNorm``: (…, features)."""
         if self.lanes is None:
             return super().forward(x)
-        own, rows = self.lanes.tensors, list(self.lanes.rows)
-        each = len(x) // sum(rows)
-        # What is not trained is common to all.
-        weights, biases = (
-            own.get(name, [getattr(self, name)] * len(rows)) for name in ("weight", "bias")
-        )
-        parts = zip(x.split_with_sizes([n * each for n in rows]), weights, biases, strict=True)
-        norm = nn.functional.layer_norm
-        return torch.cat(
-            [norm(part, self.normalized_shape, w, b, self.eps) for part, w, b in parts]
-        )
+        factors = (self.lanes.of_lanes(name, getattr(self, name)) for name in ("weight", "bias"))
+        norm, shape = nn.functional.layer_norm, self.normalized_shape
+        parts = zip(self.lanes.split(x), *factors, strict=True)
+        return torch.cat([norm(part, shape, w, b, self.eps) for part, w, b in parts])
 
 
 def is_quick(x: Tensor, weight: Tensor) -> bool:

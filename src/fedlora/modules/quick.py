@@ -28,6 +28,7 @@ def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         undecided = "fused" in group and group["fused"] is None and group.get("foreach") is None
         special = group.get("differentiable") or group.get("capturable")
         able = all(p.device.type in FUSED_ON and p.is_floating_point() for p in group["params"])
-        if undecided and not special and able:
+        # Some make their state when they are built, as it has to be for what they were told then.
+        if undecided and not special and able and not optimizer.state:
             group["fused"] = True
     return optimizer
