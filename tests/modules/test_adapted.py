@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -208,7 +209,7 @@ def test_merged_the_adapter_counts_once(quick: list[int]) -> None:
 
 def test_a_second_adapter_counts_too(quick: list[int]) -> None:
     theirs = layer()
-    theirs.update_layer("second", r=2, lora_alpha=8, lora_dropout=0.0, init_lora_weights=False)
+    theirs.update_layer("second", 2, 8, LoraConfig(init_lora_weights=False))
     theirs.set_adapter(["default", "second"])
     mine, x = ours(theirs), torch.randn(6, IN)
     torch.testing.assert_close(mine(x), theirs(x))
@@ -347,6 +348,19 @@ def test_each_lane_is_pefts_layer_alone_under_autocast(
 ) -> None:
     compare_lanes(dropout, bias, rows, autocast=True)
     assert not quick
+
+
+def test_biases_of_lanes_that_are_not_trained(quick: list[int]) -> None:
+    mine, x = ours(layer()), torch.randn(6, 5, IN)
+    A, B = mine.lora_A["default"].weight, mine.lora_B["default"].weight
+    own = {"A": A.detach().repeat(3, 1, 1), "B": B.detach().repeat(3, 1, 1)}
+    biases = torch.randn(3, OUT)
+    expected = mine(x) - mine.base_layer.bias
+    mine.lanes = Bound(own, ROWS, [mine.scaling["default"]] * 3)
+    mine.base_layer.lanes = Bound({"bias": biases}, ROWS)
+    expected = expected + biases.repeat_interleave(torch.tensor(ROWS), 0)[:, None]
+    torch.testing.assert_close(mine(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(quick) == 2
 
 
 # Whose class changes.

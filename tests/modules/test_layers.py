@@ -92,6 +92,19 @@ def test_under_autocast_it_is_torchs_layer_to_the_bit(
     assert found["y"].dtype == (torch.bfloat16 if kind is nn.Linear else torch.float32)
 
 
+def test_under_autocast_a_kept_weight_is_not_cast_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, ours = pair()
+    ours.bfloat16()
+    linear, seen = nn.functional.linear, []
+    monkeypatch.setattr(
+        nn.functional, "linear", lambda *args: seen.append(args[1]) or linear(*args)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(torch.randn(6, IN))
+    assert len(seen) == 1
+    assert seen[0] is ours.weight
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_weights_of_16_bits_are_computed_with_in_the_type_of_the_input(bias: bool) -> None:
     theirs, ours = pair(bias=bias)
@@ -133,19 +146,19 @@ def test_a_batch_of_prompts_or_of_tokens_has_more_rows_than_pictures() -> None:
 
 @pytest.mark.parametrize("each", [1, 4])
 @pytest.mark.parametrize("inner", [(), (5,), (2, 3)], ids=str)
-def test_a_parameter_of_each_lane_is_spread_over_its_rows(
-    inner: tuple[int, ...], each: int
-) -> None:
-    own = torch.arange(3.0 * OUT).view(3, OUT).requires_grad_()
+def test_the_rows_of_each_lane(inner: tuple[int, ...], each: int) -> None:
+    x = torch.arange(6.0 * each).view(-1, *(1 for _ in inner), 1).expand(-1, *inner, IN)
+    parts = Bound(rows=ROWS).split(x)
+    assert [part.shape for part in parts] == [(rows * each, *inner, IN) for rows in ROWS]
+    assert torch.equal(torch.cat(parts), x)
+
+
+def test_what_lanes_have_of_a_parameter() -> None:
+    own, common = torch.randn(3, OUT), torch.randn(OUT)
     bound = Bound({"bias": own}, ROWS)
-    like = torch.zeros(6 * each, *inner, OUT)
-    spread = bound.spread("bias", like)
-    assert spread.shape == (6 * each, *(1 for _ in inner), OUT)
-    of_row = [lane for lane, rows in enumerate(ROWS) for _ in range(rows * each)]
-    assert torch.equal(spread.view(-1, OUT), own[of_row])
-    spread.sum().backward()
-    assert torch.equal(own.grad, torch.tensor(ROWS)[:, None] * each * torch.ones(OUT))
-    assert bound.spread("weight", like) is None
+    assert all(map(torch.equal, bound.of_lanes("bias", common), own))
+    assert all(each is common for each in bound.of_lanes("weight", common))
+    assert bound.of_lanes("weight", None) == [None, None, None]
 
 
 def lanes_of(layer: Any, *names: str) -> dict[str, Tensor]:

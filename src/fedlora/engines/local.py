@@ -143,7 +143,8 @@ class LocalLoop:
         lane.scaler = self._make_scaler()
         for objective in lane.objectives:
             objective.on_lane_start(lane)
-        self.module.train()
+        if not self.module.training:  # which goes through every layer
+            self.module.train()
 
     def step(self, lanes: Sequence[Lane]) -> None:
         """One optimizer step of each lane, together; more than one needs the stack.
@@ -285,12 +286,10 @@ class LocalLoop:
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
-        checks = [
-            lane.loss.isfinite(),
-            *(p.detach().isfinite().all() for p in lane.parameters.values()),
-        ]
-        if not bool(torch.stack(checks).all()):
-            what = "loss" if not bool(checks[0]) else "adapter"
+        norm = nn.utils.get_total_norm([p.detach() for p in lane.parameters.values()])
+        checks = torch.stack([lane.loss, norm.to(lane.loss)]).isfinite().tolist()
+        if not all(checks):
+            what = "adapter" if checks[0] else "loss"
             raise NonFiniteError(
                 f"the {what} of {lane.client} became NaN or infinite in round {rnd.idx}. Lower the "
                 "learning rate, set trainer.gradient_clip_val, or set trainer.on_nonfinite=skip to "

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from fedlora.sampling import Plan
 
 
-STEP = 8  # rows that take as long as what a step takes whatever its rows; on a CPU, roughly
+# Rows that take as long as what a step takes whatever its rows, and as what rank 0 does with the
+# update of a client, whoever trained it; on a CPU, roughly.
+STEP = 8
+UPDATE = 2
 
 
 def assign(costs: Sequence[int], size: int, loads: Sequence[int] = ()) -> list[int]:
@@ -59,7 +62,8 @@ class ClientParallelEngine(SequentialEngine):
             client, sent, _ = self.sent(players[number], rnd, server, rule)
             return Turn.from_dict(plain, client, sent)
 
-        owners = assign(costs, self.world.size)
+        busy = [len(players) * UPDATE, *(0 for _ in range(self.world.size - 1))]
+        owners = assign(costs, self.world.size, busy)
         mine = [
             client for client, rank in zip(players, owners, strict=True) if rank == self.world.rank
         ]

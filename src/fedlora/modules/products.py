@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ONEDNN = X86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+FEW = 2**17  # multiplications, up to which what oneDNN takes for a call is most of it
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,8 +35,17 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-    # The flag is what users turn it off by.
-    return fits and ONEDNN and bool(torch.backends.mkldnn.enabled)
+    return fits and ONEDNN and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.enabled
+
+
+def _of_a_lane(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` of one lane's rows: by shapes alone, so the same whoever shares the pass.
+
+    A frozen product's rows grow with the lanes, so its kernel must not depend on them.
+    """
+    if x.numel() * len(weight) <= FEW:
+        return torch.nn.functional.linear(x, weight)
+    return matmul(x, weight)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -115,28 +125,30 @@ class AdaptedProduct(torch.autograd.Function):
 # The products of lanes: rows (m, …) of which counts[k] are of lane k, and a factor for each.
 
 
-def _together(rows: Tensor, counts: Sequence[int]) -> bool:
-    """Whether one batched product takes them all.
+def _together(counts: Sequence[int], device: torch.device, size: int) -> bool:
+    """Whether one batched product of ``size`` multiplications takes them all.
 
-    On the CPU each lane has one of its own: as quick, and the same bits as without other lanes.
+    On a CPU only where each lane's is small: there it saves the calls and gives the same bits as
+    each lane alone, which larger ones, that go to oneDNN, have no batched form of.
     """
-    return len(counts) > 1 and rows.device.type != "cpu" and len(set(counts)) == 1
+    alike = len(counts) > 1 and len(set(counts)) == 1
+    return alike and (device.type != "cpu" or size <= FEW * len(counts))
 
 
 def times(rows: Tensor, factor: Tensor, counts: Sequence[int]) -> Tensor:
     """``rows_k F_k^T`` of each lane: (m, in), (lanes, out, in) -> (m, out)."""
     if len(counts) == 1:
-        return matmul(rows, factor[0])
-    if _together(rows, counts):
+        return _of_a_lane(rows, factor[0])
+    if _together(counts, rows.device, rows.numel() * factor.shape[1]):
         batched = rows.view(len(counts), counts[0], -1)
         return torch.bmm(batched, factor.transpose(1, 2)).flatten(0, 1)
     parts = zip(rows.split_with_sizes(list(counts)), factor, strict=True)
-    return torch.cat([matmul(part, own) for part, own in parts])
+    return torch.cat([_of_a_lane(part, own) for part, own in parts])
 
 
 def add_times(total: Tensor, rows: Tensor, factor: Tensor, counts: Sequence[int]) -> None:
     """Add ``rows_k F_k`` of each lane to (m, out) in place: (m, r), (lanes, r, out)."""
-    if _together(rows, counts):
+    if _together(counts, rows.device, rows.numel() * factor.shape[2]):
         shape = (len(counts), counts[0], -1)
         total.view(shape).baddbmm_(rows.view(shape), factor)
         return
@@ -158,13 +170,13 @@ SMALL = 500_000  # entries of a sum that is quicker made in place, though by slo
 
 def outer(one: Tensor, other: Tensor, counts: Sequence[int]) -> Tensor:
     """``one_k^T other_k`` of each lane: (m, p), (m, q) -> (lanes, p, q)."""
-    if _together(one, counts):
+    if _together(counts, one.device, one.numel() * other.shape[1]):
         shape = (len(counts), counts[0], -1)
         return torch.bmm(one.view(shape).transpose(1, 2), other.view(shape))
     parts = zip(
         one.split_with_sizes(list(counts)), other.split_with_sizes(list(counts)), strict=True
     )
-    return torch.stack([matmul(a.t(), b.t()) for a, b in parts])
+    return torch.stack([_of_a_lane(a.t(), b.t()) for a, b in parts])
 
 
 def scaled(rows: Tensor, scales: Sequence[float], counts: Sequence[int]) -> Tensor:
