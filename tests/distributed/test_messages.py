@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -87,6 +86,16 @@ def test_an_adapter_arrives_to_the_bit() -> None:
         assert arrived.residual[name].nbytes == residual.nbytes
 
 
-def test_nothing_that_arrives_is_executed() -> None:
-    with pytest.raises(UnpicklingError):
-        decode(encode({"a": print}))
+def test_only_plain_data_leaves_and_arrives() -> None:
+    with pytest.raises(TypeError, match="plain data and tensors, not builtin_function_or_method"):
+        encode({"a": print})
+    with pytest.raises(ValueError, match="no message says 'call'"):
+        decode(said('{"call": ["print"]}'))
+    with pytest.raises(ValueError, match="Expecting value"):
+        decode(said("print()"))
+
+
+def said(text: str) -> torch.Tensor:
+    """A message with this text."""
+    message = len(text).to_bytes(8, "little") + text.encode()
+    return torch.tensor(list(message), dtype=torch.uint8)

@@ -119,7 +119,8 @@ def together(
 def compare(found: dict[str, Tensor], expected: dict[str, Tensor], close: float = 1e-4) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        limit = close * max(1e-3, float(tensor.abs().max()))
+        # A bias of keys moves nothing: its gradient is what rounding leaves of zero.
+        limit = close * max(1e-2, float(tensor.abs().max()))
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=limit)
 
 

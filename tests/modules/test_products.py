@@ -171,19 +171,29 @@ def test_what_nobody_wants_is_not_computed(
     flags = {name: getattr(case, name).detach().requires_grad_(name in wanted) for name in "xAB"}
     case = replace(case, **flags)
     calls: list[str] = []
-    for name in ("outer", "matmul"):
+
+    def count(name: str) -> None:
         original = getattr(products, name)
-        monkeypatch.setattr(
-            products, name, lambda *args, n=name, f=original: calls.append(n) or f(*args)
-        )
+
+        def counted(one: Tensor, other: Tensor, *rest: Any) -> Any:
+            frozen = other.data_ptr() == case.weight.data_ptr()  # W, or W turned
+            calls.append("frozen" if frozen else name)
+            return original(one, other, *rest)
+
+        monkeypatch.setattr(products, name, counted)
+
+    for name in ("matmul", "times", "add_times", "outer"):
+        count(name)
     found = case.run(AdaptedProduct.apply)
     assert found.keys() == {"y", *wanted}
-    assert calls.count("outer") == len(set(wanted) & set("AB"))
-    lanes = len(case.counts)
-    # Forward: W x and A x. Backward, each once: G B for A or x, G W, and with a mask (G B) A for x.
-    products_of_x = (1 + (lanes if mask else 0)) if "x" in wanted else 0
-    each = lanes if set(wanted) & set("xA") else 0
-    assert calls.count("matmul") == 1 + lanes + each + products_of_x + calls.count("outer") * lanes
+    for_x = "x" in wanted
+    assert {name: calls.count(name) for name in ("frozen", "times", "add_times", "outer")} == {
+        "frozen": 1 + for_x,
+        # A x; backward G B, which A and x want, and with a mask (G B) A apart.
+        "times": 1 + bool(set(wanted) & set("xA")) + (for_x and mask),
+        "add_times": 1 + (for_x and not mask),
+        "outer": len(set(wanted) & set("AB")),
+    }
     compare(found, case.run(plain))
 
 
@@ -249,22 +259,31 @@ def test_lanes_in_one_batched_product(
 ) -> None:
     """What accelerators do with lanes of equally many rows."""
     case = make("equal", torch.float32, mask=mask, scales=scales)
+    monkeypatch.setattr(products, "_together", lambda *_: False)
     apart = case.run(AdaptedProduct.apply)
-    batched = []
+    batched: list[int] = []
     bmm = torch.bmm
     monkeypatch.setattr(products.torch, "bmm", lambda *args: batched.append(1) or bmm(*args))
-    monkeypatch.setattr(products, "_together", lambda rows, counts: len(set(counts)) == 1)
+    monkeypatch.setattr(products, "_together", lambda *_: True)
     compare(case.run(AdaptedProduct.apply), apart)
     # A x, the gradients of A and B, and G B; with a mask (G B) A too.
     assert len(batched) == 4 + mask
 
 
 def test_when_lanes_are_batched() -> None:
-    on_cpu, elsewhere = torch.empty(4, 3), torch.empty(4, 3, device="meta")
-    assert products._together(elsewhere, [2, 2])
-    assert not products._together(elsewhere, [1, 3])
-    assert not products._together(elsewhere, [4])
-    assert not products._together(on_cpu, [2, 2])
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    small, large, tiny = products.FEW, products.FEW + 1, products.TINY - 1
+    assert products._together(2, other, large)
+    assert products._together(2, other, tiny)
+    assert not products._together(1, other, large)  # there is nothing to batch
+    assert products._together(2, cpu, small)
+    assert not products._together(2, cpu, large)
+    assert not products._together(2, cpu, tiny)
+    assert not products._together(1, cpu, small)
+
+
+def test_lanes_with_as_many_rows_go_together() -> None:
+    assert list(products._runs([3, 3, 5, 2, 2])) == [(0, 2, 0, 3), (2, 1, 6, 5), (3, 2, 11, 2)]
 
 
 def test_a_large_sum_is_made_by_the_other_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,38 +293,31 @@ def test_a_large_sum_is_made_by_the_other_product(monkeypatch: pytest.MonkeyPatc
     compare(case.run(AdaptedProduct.apply), small)
 
 
+ALONE = {"equal": [4, 4, 4], "unequal": [2, 6, 4], "large": [1100, 1300, 1200]}
+
+
 @pytest.mark.parametrize("mask", [True, False])
-@pytest.mark.parametrize("lanes", ["equal", "unequal"])
-def test_each_lane_is_as_alone_to_the_bit(lanes: str, mask: bool) -> None:
-    case = make(lanes, torch.float32, mask=mask)
-    flat = replace(
-        case,
-        x=case.x.detach().reshape(-1, IN).requires_grad_(),
-        mask=case.mask.reshape(-1, IN) if mask else None,
-    )
-    grad = torch.randn(12, OUT, generator=torch.Generator().manual_seed(5))
+@pytest.mark.parametrize("counts", ALONE.values(), ids=ALONE)
+def test_each_lane_is_as_alone_to_the_bit(counts: list[int], mask: bool) -> None:
+    case, rows = make(dtype=torch.float32), sum(counts)
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(rows, IN, generator=generator).requires_grad_()
+    kept = torch.randint(2, (rows, IN), generator=generator, dtype=torch.int16) if mask else None
+    grad = torch.randn(rows, OUT, generator=generator)
 
-    def run(case: Case, grad: Tensor) -> list[Tensor]:
-        x, A, B = (t.detach().requires_grad_() for t in (case.x, case.A, case.B))
-        rest = (case.mask, case.scales, case.counts)
-        y = AdaptedProduct.apply(x, case.weight, case.bias, A, B, *rest)
-        return [y, *torch.autograd.grad(y, (x, A, B), grad)]
+    def run(own: slice, lanes: slice) -> list[Tensor]:
+        part, A, B = (t.detach().requires_grad_() for t in (x[own], case.A[lanes], case.B[lanes]))
+        rest = (None if kept is None else kept[own], SCALES[lanes], counts[lanes])
+        y = AdaptedProduct.apply(part, case.weight, case.bias, A, B, *rest)
+        return [y, *torch.autograd.grad(y, (part, A, B), grad[own])]
 
-    y, x, A, B = run(flat, grad)
-    start = 0
-    for k, count in enumerate(case.counts):
-        own, one = slice(start, start + count), slice(k, k + 1)
-        alone = replace(
-            flat,
-            x=flat.x[own],
-            A=case.A[one],
-            B=case.B[one],
-            mask=flat.mask[own] if mask else None,
-            scales=case.scales[one],
-            counts=[count],
-        )
-        expected = run(alone, grad[own])
-        assert all(map(torch.equal, (y[own], x[own], A[one], B[one]), expected))
+    found, start = run(slice(None), slice(None)), 0
+    for lane, count in enumerate(counts):
+        own, lanes = slice(start, start + count), slice(lane, lane + 1)
+        mine = [
+            tensor[index] for tensor, index in zip(found, (own, own, lanes, lanes), strict=True)
+        ]
+        assert all(map(torch.equal, mine, run(own, lanes)))
         start += count
 
 

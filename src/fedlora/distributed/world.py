@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # Results that a process may keep until they are asked for, and their bytes: more would cost memory,
 # fewer time.
-AHEAD = 16
+AHEAD = 64
 MOST = 2**28
 POLL_S = 0.1
 WAITING = "wait for another process"  # name of a thread
@@ -145,16 +145,21 @@ class World:
         if not self.is_zero:
             self._send(mine, lambda number: pack(compute(number)))
             return
-        kept: dict[int, T] = {}
+        kept: dict[int, tuple[T, int]] = {}
+
+        def compute_next() -> None:
+            ahead = mine.popleft()
+            result = compute(ahead)
+            kept[ahead] = result, nbytes(result)
+
         for number, owner in enumerate(owners):
             if owner == 0:
                 if number not in kept:
-                    kept[mine.popleft()] = compute(number)
-                yield kept.pop(number)
+                    compute_next()
+                yield kept.pop(number)[0]
                 continue
-            while mine and _is_room(map(nbytes, kept.values())):  # the other may still be at it
-                ahead = mine.popleft()
-                kept[ahead] = compute(ahead)
+            while mine and _is_room(size for _, size in kept.values()):  # the other may be at it
+                compute_next()
             yield unpack(number, self._receive(owner))
 
     def _send(self, numbers: Sequence[int], compute: Callable[[int], Any]) -> None:

@@ -215,7 +215,9 @@ class LocalLoop:
     def _backward_together(
         self, stack: LaneStack, work: Sequence[tuple[Lane, Batch, int]], position: int
     ) -> None:
-        lanes, parts, counts = zip(*work, strict=True)
+        # Those with as many rows side by side: they share their small products too.
+        ordered = sorted(work, key=lambda item: len(item[1]["label"]))
+        lanes, parts, counts = zip(*ordered, strict=True)
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         batch = self._moved(joined)
         rows = [len(part["label"]) for part in parts]

@@ -12,7 +12,8 @@ and that leaves AVX-512 alone on processors of other makers than its own.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch.autograd.function import once_differentiable
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ONEDNN = X86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 FEW = 2**17  # multiplications, up to which what oneDNN takes for a call is most of it
+SMALL = 500_000  # entries of a sum that is quicker made in place, though by slower products
+TINY = 400  # multiplications, below which torch's batched products have a kernel of their own
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -125,58 +128,70 @@ class AdaptedProduct(torch.autograd.Function):
 # The products of lanes: rows (m, …) of which counts[k] are of lane k, and a factor for each.
 
 
-def _together(counts: Sequence[int], device: torch.device, size: int) -> bool:
-    """Whether one batched product of ``size`` multiplications takes them all.
+def _runs(counts: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
+    """Lanes in a row that have as many rows: first lane, lanes, first row, rows of each."""
+    lane = row = 0
+    for size, run in groupby(counts):
+        lanes = sum(1 for _ in run)
+        yield lane, lanes, row, size
+        lane, row = lane + lanes, row + lanes * size
 
-    On a CPU only where each lane's is small: there it saves the calls and gives the same bits as
-    each lane alone, which larger ones, that go to oneDNN, have no batched form of.
+
+def _by_lane(rows: Tensor, first: int, lanes: int, size: int) -> Tensor:
+    """Some rows (m, width) as (lanes, size, width)."""
+    return rows[first : first + lanes * size].view(lanes, size, rows.shape[1])
+
+
+def _together(lanes: int, device: torch.device, size: int) -> bool:
+    """Whether one batched product takes several lanes, of ``size`` multiplications each.
+
+    On a CPU only where that is small: there it saves the calls and gives the same bits as each lane
+    alone, which larger ones, that go to oneDNN, have no batched form of.
     """
-    alike = len(counts) > 1 and len(set(counts)) == 1
-    return alike and (device.type != "cpu" or size <= FEW * len(counts))
+    return lanes > 1 and (device.type != "cpu" or TINY <= size <= FEW)
 
 
 def times(rows: Tensor, factor: Tensor, counts: Sequence[int]) -> Tensor:
     """``rows_k F_k^T`` of each lane: (m, in), (lanes, out, in) -> (m, out)."""
     if len(counts) == 1:
         return _of_a_lane(rows, factor[0])
-    if _together(counts, rows.device, rows.numel() * factor.shape[1]):
-        batched = rows.view(len(counts), counts[0], -1)
-        return torch.bmm(batched, factor.transpose(1, 2)).flatten(0, 1)
-    parts = zip(rows.split_with_sizes(list(counts)), factor, strict=True)
-    return torch.cat([_of_a_lane(part, own) for part, own in parts])
+    found = []
+    for lane, lanes, row, size in _runs(counts):
+        own, part = factor[lane : lane + lanes], _by_lane(rows, row, lanes, size)
+        if _together(lanes, rows.device, size * own[0].numel()):
+            found.append(torch.bmm(part, own.transpose(1, 2)).flatten(0, 1))
+        else:
+            parts = zip(part, own, strict=True)
+            found += [_of_a_lane(each, of_lane) for each, of_lane in parts]
+    return torch.cat(found)
 
 
 def add_times(total: Tensor, rows: Tensor, factor: Tensor, counts: Sequence[int]) -> None:
     """Add ``rows_k F_k`` of each lane to (m, out) in place: (m, r), (lanes, r, out)."""
-    if _together(counts, rows.device, rows.numel() * factor.shape[2]):
-        shape = (len(counts), counts[0], -1)
-        total.view(shape).baddbmm_(rows.view(shape), factor)
-        return
-    parts = zip(
-        total.split_with_sizes(list(counts)),
-        rows.split_with_sizes(list(counts)),
-        factor,
-        strict=True,
-    )
-    for part, own, of_lane in parts:
-        if _is_for_onednn(own, of_lane) and part.numel() > SMALL:
-            part.add_(matmul(own, of_lane.t()))
-        else:
-            part.addmm_(own, of_lane)
-
-
-SMALL = 500_000  # entries of a sum that is quicker made in place, though by slower products
+    for lane, lanes, row, size in _runs(counts):
+        own = factor[lane : lane + lanes]
+        into, part = (_by_lane(x, row, lanes, size) for x in (total, rows))
+        if _together(lanes, rows.device, size * own[0].numel()):
+            into.baddbmm_(part, own)
+            continue
+        for sum_, each, of_lane in zip(into, part, own, strict=True):
+            if _is_for_onednn(each, of_lane) and sum_.numel() > SMALL:
+                sum_.add_(matmul(each, of_lane.t()))
+            else:
+                sum_.addmm_(each, of_lane)
 
 
 def outer(one: Tensor, other: Tensor, counts: Sequence[int]) -> Tensor:
     """``one_k^T other_k`` of each lane: (m, p), (m, q) -> (lanes, p, q)."""
-    if _together(counts, one.device, one.numel() * other.shape[1]):
-        shape = (len(counts), counts[0], -1)
-        return torch.bmm(one.view(shape).transpose(1, 2), other.view(shape))
-    parts = zip(
-        one.split_with_sizes(list(counts)), other.split_with_sizes(list(counts)), strict=True
-    )
-    return torch.stack([_of_a_lane(a.t(), b.t()) for a, b in parts])
+    found = []
+    for _, lanes, row, size in _runs(counts):
+        left, right = (_by_lane(x, row, lanes, size) for x in (one, other))
+        if _together(lanes, one.device, size * one.shape[1] * other.shape[1]):
+            found.append(torch.bmm(left.transpose(1, 2), right))
+        else:
+            parts = zip(left, right, strict=True)
+            found += [_of_a_lane(a.t(), b.t())[None] for a, b in parts]
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def scaled(rows: Tensor, scales: Sequence[float], counts: Sequence[int]) -> Tensor:

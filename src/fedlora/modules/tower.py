@@ -13,7 +13,7 @@ FACTOR = 1.702
 
 
 class QuickGELU(nn.Module):
-    """``x sigmoid(1.702 x)``, as ``silu(1.702 x) / 1.702``: one pass backward instead of five."""
+    """``x sigmoid(1.702 x)``, which is ``silu(1.702 x) / 1.702``: one pass backward, not five."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
@@ -26,7 +26,7 @@ class _QuickGELU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         inside = x * FACTOR
         ctx.save_for_backward(inside)
-        return nn.functional.silu(inside).mul_(1 / FACTOR)
+        return torch.sigmoid(inside).mul_(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
