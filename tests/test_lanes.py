@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from flwr_datasets.partitioner import IidPartitioner
 
 from fedlora import (
     SCAFFOLD,
@@ -189,14 +190,16 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path) -> None:
 
 
 def test_auto_fills_a_pass_and_no_more(tmp_path: Path) -> None:
-    def seats(batch_size: int, **chosen: Any) -> int:
-        data = unequal() | {"batch_size": batch_size, "num_clients": 40, "n_shots": 1}
+    def seats(batch_size: int, clients: int = 12, **chosen: Any) -> int:
+        data = QUICK | {"batch_size": batch_size, "num_clients": clients}
+        data["partitioner"] = IidPartitioner(clients)
         trainer = fit(tmp_path, lanes="auto", data=data, max_rounds=1, local_steps=1, **chosen)
         stack = trainer.rounds.engine.loop.stack
         return 1 if stack is None else stack.seats
 
-    small, large = seats(8), seats(32)
+    small, large = seats(16), seats(32)
     assert small > large > 1
-    assert seats(8) == small  # a function of the model and the batch, not of the moment
-    assert seats(1024) == 1
-    assert seats(8, clients_per_round=2) == 2  # there are no more
+    assert seats(16) == small  # a function of the model and the batch, not of the moment
+    assert seats(1024, clients=2) == 1
+    assert seats(1024, clients=40) > 1  # no client has as many rows
+    assert seats(16, clients_per_round=2) == 2  # there are no more

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,15 +41,17 @@ def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStac
             "share the passes of one client. Use strategy=clients, or lanes=1."
         )
     if lanes == "auto":
-        lanes = 1 if why_not(lora) else that_pay(trainer, lora)
+        rows = int(median(client.num_samples for client in clients))
+        rows = max(1, min(rows, trainer.datamodule.batch_size))
+        lanes = 1 if why_not(lora) else that_pay(trainer, lora, rows)
     seats = min(int(lanes), trainer.clients_per_round or len(clients))
     return LaneStack(lora, seats) if seats > 1 else None
 
 
-def that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
-    """As many clients as fill a pass, of the memory that is there; the same in every run."""
+def that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper, rows: int) -> int:
+    """As many clients, with batches of so many rows, as fill a pass; the same in every run."""
     device = trainer.fabric.device
-    activations = kept_for_backward(trainer, lora)
+    activations = kept_for_backward(trainer, lora, rows)
     if device.type == "cpu":
         return max(1, min(MOST, ENOUGH_FOR_A_CPU // activations))
     # Adapter, gradient and two moments.
@@ -56,14 +59,14 @@ def that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
     return max(1, min(MOST, int(SHARE * _memory(device)) // (activations + adapter)))
 
 
-def kept_for_backward(trainer: FederatedTrainer, lora: CLIPLoRAWrapper) -> int:
-    """Bytes that the forward pass of one training batch keeps, parameters and buffers apart."""
-    module, data, device = trainer.lightning_module, trainer.datamodule, trainer.fabric.device
+def kept_for_backward(trainer: FederatedTrainer, lora: CLIPLoRAWrapper, rows: int) -> int:
+    """Bytes that the forward pass of a training batch keeps, parameters and buffers apart."""
+    module, device = trainer.lightning_module, trainer.fabric.device
     size = module.preprocess.size
     batch = {
-        "image": torch.zeros(data.batch_size, 3, size, size, dtype=torch.uint8, device=device),
-        "label": torch.zeros(data.batch_size, dtype=torch.int64, device=device),
-        "index": torch.zeros(data.batch_size, dtype=torch.int64, device=device),
+        "image": torch.zeros(rows, 3, size, size, dtype=torch.uint8, device=device),
+        "label": torch.zeros(rows, dtype=torch.int64, device=device),
+        "index": torch.zeros(rows, dtype=torch.int64, device=device),
     }
     own = {tensor.untyped_storage().data_ptr() for tensor in module.state_dict().values()}
     kept: dict[int, int] = {}

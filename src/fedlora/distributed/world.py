@@ -23,6 +23,8 @@ T = TypeVar("T")
 # fewer time.
 AHEAD = 64
 MOST = 2**28
+BUNDLE = 16  # results that are ready at once and go in one message
+AT_ONCE_S = 0.02
 POLL_S = 0.1
 WAITING = "wait for another process"  # name of a thread
 
@@ -146,6 +148,7 @@ class World:
             self._send(mine, lambda number: pack(compute(number)))
             return
         kept: dict[int, tuple[T, int]] = {}
+        arrived: dict[int, deque[Any]] = {rank: deque() for rank in range(self.size)}
 
         def compute_next() -> None:
             ahead = mine.popleft()
@@ -160,12 +163,20 @@ class World:
                 continue
             while mine and _is_room(size for _, size in kept.values()):  # the other may be at it
                 compute_next()
-            yield unpack(number, self._receive(owner))
+            if not arrived[owner]:
+                arrived[owner].extend(self._receive(owner))
+            yield unpack(number, arrived[owner].popleft())
 
     def _send(self, numbers: Sequence[int], compute: Callable[[int], Any]) -> None:
         under_way: deque[tuple[Any, Any, Tensor]] = deque()
-        for number in numbers:
-            message = encode(compute(number))
+        bundle: list[Any] = []
+        for left, number in zip(reversed(range(len(numbers))), numbers, strict=True):
+            began = time.monotonic()
+            bundle.append(compute(number))
+            at_once = time.monotonic() - began < AT_ONCE_S
+            if left and at_once and len(bundle) < BUNDLE:
+                continue
+            message, bundle = encode(bundle), []
             with self._listening():
                 size = distributed.isend(torch.tensor([len(message)]), 0)
                 under_way.append((size, distributed.isend(message, 0), message))

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ONEDNN = X86 and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-FEW = 2**17  # multiplications, up to which what oneDNN takes for a call is most of it
+FEW = 2**18  # multiplications, up to which what oneDNN takes for a call is most of it
 SMALL = 500_000  # entries of a sum that is quicker made in place, though by slower products
 TINY = 400  # multiplications, below which torch's batched products have a kernel of their own
 

@@ -24,7 +24,7 @@ ANYTHING = dict | list | str | float | bool | None  # type: ignore[type-arg]
 IGNORED = (
     *("seed_everything", "ckpt_path", "weights_only", "trainer", "data"),
     *("model.towers", "model.adapter", "model.optimizer", "model.head_lr", "model.label_smoothing"),
-    *("model.metrics", "model.class_weights"),
+    *("model.metrics", "model.class_weights", "model.frozen_cache_gb"),
 )
 
 
