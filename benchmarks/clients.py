@@ -51,7 +51,7 @@ SPAN = 5  # rounds whose median counts: malloc gives memory back when it likes
 HELD = 100  # rows that the server validates on, and as many that it tests on
 # What is timed, each without what of the others it calls: (whose, which, what it is called).
 PARTS: tuple[tuple[Any, str, str], ...] = (
-    (LocalLoop, "run", "training"),
+    (LocalLoop, "step", "training"),
     (rounds, "plan", "plan"),
     (LoRAWrapper, "load", "loading an adapter"),
     (SequentialEngine, "_start", "rule.distribute, what is sent"),

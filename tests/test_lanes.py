@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flwr_datasets.partitioner import IidPartitioner
 from fedlora import (
     SCAFFOLD,
     AdapterAveraging,
+    CLIPLoRAClassifier,
     Ditto,
     FedloraError,
     FedProx,
@@ -21,7 +23,17 @@ from fedlora import (
 from fedlora.aggregation import FedExLoRA, FedSALoRA, FlexLoRA, FLoRA, FRLoRA, RoLoRA
 from fedlora.callbacks.base import FederatedCallback
 from fedlora.checkpoint import load
-from tests.runs import QUICK, KillAtClient, Killed, assert_same_bits, fingerprint, fit, rows
+from tests.runs import (
+    QUICK,
+    KillAtClient,
+    Killed,
+    assert_same_bits,
+    fingerprint,
+    fit,
+    make_data,
+    make_trainer,
+    rows,
+)
 
 SGD = {"optimizer": partial(torch.optim.SGD, lr=0.3)}
 
@@ -59,7 +71,8 @@ def settings(name: str) -> dict[str, Any]:
         "SCAFFOLD": {"callbacks": [SCAFFOLD()], "model": SGD},
         "FedProx": {"callbacks": [FedProx(1.0)], "model": lora()},
         "Ditto": {"callbacks": [Ditto()], "clients_per_round": 3},
-        "bf16": {"averaging": bf16(), "model": lora(), "max_rounds": 1},
+        # A scale that is no power of two, by which 16 bits would be rounded elsewhere.
+        "bf16": {"averaging": bf16(), "model": lora(lora_alpha=6), "max_rounds": 1},
         "bf16 base": {
             "averaging": bf16(FedExLoRA(), base_dtype="bfloat16"),
             "model": lora(),
@@ -127,6 +140,24 @@ def test_two_threads_agree_to_rounding(tmp_path: Path) -> None:
         assert torch.allclose(tensor, adapters[1][name], rtol=0, atol=1e-4), name
 
 
+class OwnOptimizer(CLIPLoRAClassifier):
+    """A class of the user's that makes its optimizer as Lightning has it."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.optimizer_groups(), lr=0.01)
+
+
+def test_an_optimizer_of_ones_own_knows_one_client(tmp_path: Path) -> None:
+    def played(**chosen: Any) -> Any:
+        trainer = make_trainer(tmp_path, max_rounds=1, **chosen)
+        trainer.fit(OwnOptimizer(lora=LoRAConfig(r=4)), make_data())
+        return trainer.rounds.engine.loop.stack
+
+    with pytest.raises(FedloraError, match=r"OwnOptimizer has a configure_optimizers\(\) of its"):
+        played(lanes=2)
+    assert played(lanes="auto") is None
+
+
 class Fails(FederatedCallback):
     """A client whose batches cannot be worked on."""
 
@@ -152,6 +183,28 @@ def test_an_error_in_a_shared_step_is_its_clients_alone(tmp_path: Path) -> None:
     assert_same_bits(*found)
     with pytest.raises(KeyError, match="lost"):
         fit(tmp_path / "stop", lanes=3, callbacks=[Fails()], **settings("FedSALoRA"))
+
+
+class Looks(Fails):
+    """Whether what was computed before an error is still there when its clients play again."""
+
+    losses: Any = None
+    gone: list[bool]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        if self.losses is not None:
+            self.gone = [*getattr(self, "gone", []), self.losses() is None]
+        if trainer.lane.client.id == 1:
+            self.losses = weakref.ref(outputs["losses"])
+        super().on_train_batch_end(trainer)
+
+
+def test_after_an_error_its_activations_are_gone(tmp_path: Path) -> None:
+    """They take what may have been the reason: memory."""
+    looks = Looks()
+    chosen = settings("FedSALoRA") | {"clients_per_round": None, "max_rounds": 1}
+    fit(tmp_path, lanes=3, callbacks=[looks], on_client_error="skip", **chosen)
+    assert all(looks.gone)
 
 
 class Diverges(FederatedCallback):
@@ -185,7 +238,7 @@ def test_what_cannot_be_shared_is_said(tmp_path: Path) -> None:
     with pytest.raises(FedloraError, match=r"lanes must be 1 here: without LoRA .*nothing frozen"):
         fit(tmp_path, lanes=2, **full)
     assert fit(tmp_path, lanes="auto", **full).rounds.engine.loop.stack is None
-    with pytest.raises(FedloraError, match=r"trainer\.lanes must be at least 1, got 0"):
+    with pytest.raises(FedloraError, match=r"trainer\.lanes must be at least 1 or auto, got 0"):
         fit(tmp_path, lanes=0)
 
 

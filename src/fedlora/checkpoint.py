@@ -18,7 +18,8 @@ from fedlora.state import AdapterState, ServerState
 
 FORMAT = 2
 DIGEST = 64  # characters of a SHA-256
-# What may differ when a run goes on: none of it changes what the rounds compute.
+# What may differ when a run goes on: none of it changes what the rounds compute, strategy=ddp,
+# lanes and threads up to rounding.
 FREE = (
     "trainer.max_rounds",
     "trainer.devices",

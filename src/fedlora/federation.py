@@ -12,6 +12,7 @@ from fedlora.distributed.world import World
 from fedlora.engines.lane import Lane
 from fedlora.engines.local import LocalLoop, NonFiniteError
 from fedlora.engines.parallel import ClientParallelEngine
+from fedlora.engines.seats import make_stack
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.errors import CheckpointError, FedloraError, LostError
 from fedlora.personal import ClientStore
@@ -19,7 +20,6 @@ from fedlora.ranks import assign_ranks
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import Absence
-from fedlora.seats import make_stack
 from fedlora.state import Client, Round
 
 if TYPE_CHECKING:

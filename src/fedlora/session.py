@@ -114,7 +114,9 @@ def _keeping(trainer: FederatedTrainer) -> AbstractContextManager[None]:
     """What frozen blocks give for pictures is kept, as far as the model's bound allows."""
     data = trainer.datamodule
     trained, others = data.holdings.pictures()
-    trained = trained if data.augment is None else 0
+    # Of clients that do not pass over all their rows few of them may ever be needed.
+    partly = trainer.local_steps is not None or trainer.limit_train_batches is not None
+    trained = 0 if partly or data.augment is not None else trained
     return keeping_frozen(trainer.lightning_module, trained, others, trainer.progress.say)
 
 

@@ -30,6 +30,7 @@ from fedlora.round_lr import RoundLR
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
 from fedlora.sampling import Sampling
+from fedlora.settings import check_lanes, check_range
 from fedlora.state import Client, ServerState
 
 
@@ -54,23 +55,26 @@ class FederatedTrainer:
         clients_per_round: clients drawn for each round; None means all.
         sampling: which clients are there and answer in time; all that are chosen by default.
         min_clients: answers without which a round does not count; 0 does without any.
-        client_ranks: LoRA ranks of clients, at most the model's: one for all, a list with one for
-            each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed.
-        client_alpha: what they share: lora_alpha / rank (``scaled``) or lora_alpha (``fixed``).
+        client_ranks: LoRA ranks of the clients, at most the model's: one for all, a list with one
+            for each, or shares such as ``{4: 0.5, 8: 0.5}``, drawn from the seed; None means the
+            model's. Needs a rule that can average them.
+        client_alpha: with ``client_ranks``: ``scaled`` lets lora_alpha follow the rank, so that all
+            clients scale by the same lora_alpha / rank; ``fixed`` is one lora_alpha for all.
         local_epochs: passes over its rows that a client makes in a round.
         local_steps: optimizer steps of a client in a round; replaces ``local_epochs``.
         round_lr: what the learning rates are multiplied with over the rounds; constant by default.
         gradient_clip_val: largest norm of a client's gradient.
         accumulate_grad_batches: batches per optimizer step.
         val_every_n_rounds: how often to evaluate; the last round always is.
-        val_clients: whose own rows to evaluate on: ``participants``, ``all`` or a number.
+        val_clients: whose validation rows to evaluate on: ``participants``, ``all`` or a number.
         limit_train_batches: most batches of a local epoch.
         fast_dev_run: one round of one batch each.
         deterministic: only deterministic algorithms (needed for equal bits on a GPU).
         threads: CPU threads of torch; None leaves torch's choice.
         on_nonfinite: a client's NaN or infinite loss or adapter ends the run (``error``) or leaves
             the client out of the round (``skip``).
-        on_client_error: likewise any other error while a client plays (``stop``, ``skip``).
+        on_client_error: any other error while a client plays ends the run (``stop``) or leaves the
+            client out of the round (``skip``).
         progress: ``auto`` (a display on a terminal, lines elsewhere), ``rich``, ``plain``, ``off``.
         default_root_dir: where run folders are made.
 
@@ -112,7 +116,8 @@ class FederatedTrainer:
         progress: ProgressMode = "auto",
         default_root_dir: str = "runs",
     ) -> None:
-        _check_range(
+        check_lanes(lanes)
+        check_range(
             seed=(seed, 0),
             max_rounds=(max_rounds, 1),
             clients_per_round=(clients_per_round, 1),
@@ -124,7 +129,6 @@ class FederatedTrainer:
             val_clients=(val_clients if isinstance(val_clients, int) else None, 1),
             limit_train_batches=(limit_train_batches, 1),
             threads=(threads, 1),
-            lanes=(None if lanes == "auto" else lanes, 1),
         )
         sampling.validate()
         round_lr.validate()
@@ -292,9 +296,3 @@ class FederatedTrainer:
         """Give the checkpoint just written a second name, ``best.ckpt``."""
         if self.world.is_zero:
             self.rounds.saves.keep_as_best()
-
-
-def _check_range(**values: tuple[int | None, int]) -> None:
-    for name, (value, least) in values.items():
-        if value is not None and value < least:
-            raise FedloraError(f"trainer.{name} must be at least {least}, got {value}.")

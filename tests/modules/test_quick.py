@@ -15,7 +15,7 @@ from fedlora.modules.adapted import AdaptedLinear
 from fedlora.modules.classifier import CLIPLoRAClassifier
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.layers import LaneLinear, LaneNorm
-from fedlora.modules.quick import fuse, make_quick
+from fedlora.modules.quick import fuse, make_plain, make_quick
 from fedlora.modules.tower import FirstTokenLayer, QuickGELU
 from tests.small_clip import NAMES, adapted, pictures, shake
 
@@ -172,3 +172,18 @@ def test_a_quick_model_is_the_same_model(head: str, folder: Path) -> None:
     for name, tensor in plain.items():
         close = 1e-4 * max(1.0, float(tensor.abs().max()))
         torch.testing.assert_close(quick[name], tensor, rtol=1e-4, atol=close)
+
+
+def test_each_layer_is_of_its_own_class_again(folder: Path) -> None:
+    """Once the adapter is out: a model of transformers, to be used and wrapped as any other."""
+    lora = adapted(folder, layers=None)
+    before = [type(module) for module in lora.federated.modules()]
+    make_quick(lora.federated)
+    assert [type(module) for module in lora.federated.modules()] != before
+    make_plain(lora.federated)
+    after = [type(module) for module in lora.federated.modules()]
+    assert after == before
+    make_quick(lora.federated)
+    model = lora.unload()
+    ours = (LaneLinear, LaneNorm, FirstTokenLayer, QuickGELU)
+    assert not any(isinstance(module, ours) for module in model.modules())

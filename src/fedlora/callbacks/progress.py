@@ -170,12 +170,16 @@ class Progress(FederatedCallback):
         self._played += 1
         if self._bar:
             self._bar.reset(self._tasks["client"], total=len(clients), note="")
+            self._bar.reset(self._tasks["step"], total=0, note="")
 
     def on_client_start(self, trainer: FederatedTrainer, pl_module: Any, client: Client) -> None:
-        """Count the client's steps from 0."""
+        """Count the client's steps from 0, or with those of the others that share them."""
         if self._bar:
-            total = trainer.num_batches(client)
-            self._bar.reset(self._tasks["step"], total=total, note=str(client))
+            task, total = self._tasks["step"], trainer.num_batches(client)
+            if trainer.rounds.engine.loop.stack is None:
+                self._bar.reset(task, total=total, note=str(client))
+            else:
+                self._bar.update(task, total=(self._bar.tasks[task].total or 0) + total)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int

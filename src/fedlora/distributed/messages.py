@@ -39,7 +39,7 @@ def decode(message: Tensor) -> Any:
     """The inverse of :func:`encode`; tensors are on the CPU, to the bit and with their strides.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: for a text that no message has.
     """
     size = int.from_bytes(message[:HEAD].numpy().tobytes(), "little")
     text = message[HEAD : HEAD + size].numpy().tobytes()
@@ -63,7 +63,10 @@ def _described(value: Any, parts: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         parts.append(flat)
-        layout = [str(value.dtype).removeprefix("torch."), list(value.shape), list(value.stride())]
+        stride = list(value.stride())
+        if 0 in stride:  # expanded: what is there once is written out
+            stride = list(value.contiguous().stride())
+        layout = [str(value.dtype).removeprefix("torch."), list(value.shape), stride]
         return {"tensor": layout, "bytes": len(flat)}
     if isinstance(value, dict):
         pairs = value.items()

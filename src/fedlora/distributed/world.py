@@ -23,8 +23,6 @@ T = TypeVar("T")
 # fewer time.
 AHEAD = 64
 MOST = 2**28
-BUNDLE = 16  # results that are ready at once and go in one message
-AT_ONCE_S = 0.02
 POLL_S = 0.1
 WAITING = "wait for another process"  # name of a thread
 
@@ -148,7 +146,6 @@ class World:
             self._send(mine, lambda number: pack(compute(number)))
             return
         kept: dict[int, tuple[T, int]] = {}
-        arrived: dict[int, deque[Any]] = {rank: deque() for rank in range(self.size)}
 
         def compute_next() -> None:
             ahead = mine.popleft()
@@ -163,20 +160,12 @@ class World:
                 continue
             while mine and _is_room(size for _, size in kept.values()):  # the other may be at it
                 compute_next()
-            if not arrived[owner]:
-                arrived[owner].extend(self._receive(owner))
-            yield unpack(number, arrived[owner].popleft())
+            yield unpack(number, self._receive(owner))
 
     def _send(self, numbers: Sequence[int], compute: Callable[[int], Any]) -> None:
         under_way: deque[tuple[Any, Any, Tensor]] = deque()
-        bundle: list[Any] = []
-        for left, number in zip(reversed(range(len(numbers))), numbers, strict=True):
-            began = time.monotonic()
-            bundle.append(compute(number))
-            at_once = time.monotonic() - began < AT_ONCE_S
-            if left and at_once and len(bundle) < BUNDLE:
-                continue
-            message, bundle = encode(bundle), []
+        for number in numbers:
+            message = encode(compute(number))
             with self._listening():
                 size = distributed.isend(torch.tensor([len(message)]), 0)
                 under_way.append((size, distributed.isend(message, 0), message))

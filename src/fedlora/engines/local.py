@@ -177,11 +177,10 @@ class LocalLoop:
             objective.on_lane_end(lane)
         self._check_finite(lane, rnd)
 
-    def keep_frozen(self, client: Client, per_epoch: int, batches: Iterable[Batch]) -> None:
-        """Compute what frozen blocks give for a client's rows, where it passes over them all."""
-        if self.num_batches(per_epoch) >= per_epoch:  # else few of them may ever be needed
-            with self.fabric.autocast():
-                self.module.keep_frozen(client.id, client.num_samples, batches)
+    def keep_frozen(self, client: Client, batches: Iterable[Batch]) -> None:
+        """Compute what frozen blocks give for a client's rows, where that is kept."""
+        with self.fabric.autocast():
+            self.module.keep_frozen(client.id, client.num_samples, batches)
 
     def _stream(self, batches: Callable[[int], Iterable[Batch]]) -> Iterator[Batch]:
         for epoch in itertools.count():
@@ -228,8 +227,8 @@ class LocalLoop:
         with stack.together(tickets) as tensors:
             out = self._forward(batch, position)
             pieces = [out[name].split_with_sizes(rows) for name in ("losses", "correct")]
-            losses = zip(lanes, pieces[0], counts, strict=True)
-            total = [lane.scaled(losses.mean() / count) for lane, losses, count in losses]
+            each = zip(lanes, pieces[0], counts, strict=True)
+            total = [lane.scaled(losses.mean() / count) for lane, losses, count in each]
             self._pass_back(torch.stack(total).sum())
         hand_out(tensors, [lane.parameters for lane in lanes])
         moved = {name: value.split_with_sizes(rows) for name, value in batch.items()}

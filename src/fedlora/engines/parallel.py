@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fedlora.sampling import Plan
 
 
-# Rows that take as long as what a step takes whatever its rows, and as what rank 0 does with the
-# update of a client, whoever trained it; on a CPU, roughly.
+# In rows, for the embedded model on a CPU, roughly: what a step takes whatever its rows, and what
+# the update of a client takes on rank 0, whoever trained it. It only says who plays whom.
 STEP = 8
 UPDATE = 2
 

@@ -237,7 +237,7 @@ class SequentialEngine:
 
     def _train(self, lane: Lane, rnd: Round, limit: int | None, clock: Clock) -> Iterator[Lane]:
         client = lane.client
-        self.loop.keep_frozen(client, self.data.num_batches(client), self.data.client_rows(client))
+        self.loop.keep_frozen(client, self.data.client_rows(client))
         self.loop.start(
             lane,
             rnd,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,15 +113,22 @@ class SharedSteps:
         """A step of all, and what is due after it."""
         if not self._playing:
             return
-        try:
-            self.loop.step([each.lane for each in self._playing if each.lane is not None])
-        except Exception as error:
-            self._apart(error)
+        failed = self._step()
+        if failed is not None:
+            self._apart(failed)
             return
         for each in list(self._playing):
             if each.lane is not None and not each.lane.left:
                 self._playing.remove(each)
                 self._go_on(each)
+
+    def _step(self) -> Exception | None:
+        """A step of all; the error that it raised."""
+        try:
+            self.loop.step([each.lane for each in self._playing if each.lane is not None])
+        except Exception as error:
+            return _without_frames(error)
+        return None
 
     def _go_on(self, each: Playing) -> None:
         """Let a client go on to its next step, or to its end."""
@@ -129,7 +137,7 @@ class SharedSteps:
         except StopIteration as end:
             self._rise(each, self.conclude(each.start.client, end.value))
         except Exception as error:
-            self._rise(each, self.left_out(error))
+            self._rise(each, self.left_out(_without_frames(error)))
         else:
             self._playing.append(each)
             self._playing.sort(key=lambda other: other.seat or 0)
@@ -151,7 +159,7 @@ class SharedSteps:
             try:
                 result = self._alone(self.begin(each.start, each.seat))
             except Exception as own:
-                self._rise(each, self.left_out(own))
+                self._rise(each, self.left_out(_without_frames(own)))
             else:
                 self._rise(each, self.conclude(each.start.client, result))
 
@@ -174,3 +182,9 @@ def _next_lane(course: Course) -> Lane:
     while not lane.left:
         lane = next(course)
     return lane
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error without what its frames hold: a batch, and all that was computed of it."""
+    traceback.clear_frames(error.__traceback__)
+    return error

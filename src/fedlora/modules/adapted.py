@@ -21,7 +21,9 @@ class AdaptedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """W x + b + s B A x: (…, in_features) -> (…, out_features)."""
-        if not self._has_one_adapter() or args or kwargs:
+        dropout, mask, scale = self.lora_dropout[ADAPTER], None, 1.0
+        known = isinstance(dropout, KeyedDropout | nn.Identity)
+        if not known or not self._has_one_adapter() or args or kwargs:
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         A: Any = self.lora_A[ADAPTER].weight
@@ -31,7 +33,6 @@ class AdaptedLinear(PeftLinear):
         if not is_quick(x, base.weight) or A.dtype != x.dtype:
             return super().forward(x) if self.lanes is None else self._by_parts(x, base, self.lanes)
         lanes = self.lanes or Bound({"A": A[None], "B": B[None]}, (1,), (self.scaling[ADAPTER],))
-        dropout, mask, scale = self.lora_dropout[ADAPTER], None, 1.0
         if isinstance(dropout, KeyedDropout):
             mask = dropout.mask(x)
             scale = 1.0 if mask is None else dropout.scale
@@ -60,9 +61,9 @@ class AdaptedLinear(PeftLinear):
         A, B = lanes.tensors["A"], lanes.tensors["B"]
         if len(set(counts)) == 1:
             low = torch.bmm(flat.view(len(counts), counts[0], -1), A.transpose(1, 2))
-            # Not as a tensor: a GPU would be waited for.
-            low = torch.stack([own * s for own, s in zip(low, lanes.scales, strict=True)])
-            change = torch.bmm(low, B.transpose(1, 2)).flatten(0, 1)
+            change = torch.bmm(low, B.transpose(1, 2))
+            # As PEFT does it. Not as a tensor: a GPU would be waited for.
+            change = torch.cat([own * s for own, s in zip(change, lanes.scales, strict=True)])
         else:
             parts = zip(flat.split_with_sizes(counts), A, B, lanes.scales, strict=True)
             linear = nn.functional.linear
@@ -76,6 +77,15 @@ CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: LaneNorm,
     PeftLinear: AdaptedLinear,
 }
+
+
+PLAIN = {own: plain for plain, own in CLASSES.items()}
+
+
+def use_plain_layers(model: nn.Module) -> None:
+    """Undo :func:`use_own_layers`, in place."""
+    for module in model.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
 
 
 def use_own_layers(model: nn.Module) -> None:

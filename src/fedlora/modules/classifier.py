@@ -204,23 +204,23 @@ class CLIPLoRAClassifier(LightningModule):
         if self.model is not None and self.model.prefix is not None:
             self.model.prefix.keep(client, count, batches)
 
-    def forward(
-        self, images: Tensor, index: Tensor | None = None, *, fixed: bool = False
-    ) -> Tensor:
-        """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float.
-
-        Args:
-            images: the pictures.
-            index: (n,), which ones they are, for what is kept of them.
-            fixed: whether these always come together, in this order.
-        """
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, 3, H, W), uint8 or normalised float."""
         if self.model is None:
             raise FedloraError("the model is not built yet: call build() or use a trainer.")
-        return self.model(images, index, fixed=fixed)  # type: ignore[no-any-return]
+        return self.model(images)  # type: ignore[no-any-return]
+
+    def _logits(self, batch: Batch, fixed: bool = False) -> Tensor:
+        """Of a batch; ``fixed`` where its rows always come together, in this order."""
+        if self.model is None or self.model.prefix is None:
+            return self(batch["image"])  # type: ignore[no-any-return]
+        # What is kept of a picture is known by its index.
+        index = batch.get("index")
+        return self.model(batch["image"], index, fixed=fixed)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """The loss of a batch: ``loss`` (mean), ``losses`` (n,), weighted, and ``correct`` (n,)."""
-        logits = self(batch["image"], batch.get("index"))
+        logits = self._logits(batch)
         losses = nn.functional.cross_entropy(
             logits, batch["label"], reduction="none", label_smoothing=self.label_smoothing
         )
@@ -231,7 +231,7 @@ class CLIPLoRAClassifier(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """``losses`` (n,), ``logits`` (n, classes) and ``label`` (n,): no smoothing, no weights."""
-        logits = self(batch["image"], batch.get("index"), fixed=True)
+        logits = self._logits(batch, fixed=True)
         losses = nn.functional.cross_entropy(logits, batch["label"], reduction="none")
         return {"losses": losses, "logits": logits, "label": batch["label"]}
 
@@ -241,7 +241,7 @@ class CLIPLoRAClassifier(LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int = 0) -> dict[str, Tensor]:
         """``index`` (n,) of each picture and its class probabilities ``probs`` (n, classes)."""
-        logits = self(batch["image"], batch["index"], fixed=True)
+        logits = self._logits(batch, fixed=True)
         return {"index": batch["index"], "probs": logits.softmax(-1)}
 
     def make_metrics(

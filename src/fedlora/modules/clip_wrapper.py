@@ -18,6 +18,7 @@ from fedlora.modules.learned import State
 from fedlora.modules.lora import LoRAWrapper
 from fedlora.modules.optimizers import Optimizers
 from fedlora.modules.own_methods import OwnMethods
+from fedlora.modules.quick import make_plain
 from fedlora.state import AdapterState
 
 Towers = Literal["vision", "both"]
@@ -243,6 +244,8 @@ class CLIPLoRAWrapper(LoRAWrapper):
 
     def _leave(self, phase: State) -> None:
         super()._leave(phase)
+        if isinstance(self.federated, FederatedCLIPModel):
+            make_plain(self.federated)
         if self._marked:
             vars(self.federated).pop(MARK, None)
             self._marked = False

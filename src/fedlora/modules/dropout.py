@@ -101,7 +101,7 @@ class KeyedDropout(nn.Module):
         # Four of 16 bits from each number of 64: torch's own dropout takes one each.
         bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
         bits.random_(-(2**63), None, generator=generator)
-        kept = round((1.0 - self.p) * STEPS) - STEPS // 2
+        kept = min(round((1.0 - self.p) * STEPS), STEPS - 1) - STEPS // 2
         return bits.view(torch.int16)[:count].lt_(kept).view(shape)
 
     def extra_repr(self) -> str:

@@ -66,6 +66,7 @@ class LaneStack:
         self.lora = lora
         self.seats = seats
         self._places = dict(_places(lora))
+        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._own: dict[str, Tensor] = {
             f"{part}/{path}": parameter
             for part, parameters in lora.parameters.items()
@@ -110,21 +111,18 @@ class LaneStack:
         Yields:
             Name -> the values of these seats, (lanes, …), a leaf where it is trained.
         """
-        seats = [ticket.seat for ticket in tickets]
-        chosen = slice(None) if seats == list(range(self.seats)) else seats
+        seats = tuple(ticket.seat for ticket in tickets)
         tensors = {
-            name: stacked[chosen].detach().requires_grad_(self._own[name].requires_grad)
+            name: self._chosen(stacked, seats).requires_grad_(self._own[name].requires_grad)
             for name, stacked in self._stacked.items()
         }
-        layers = self._bind(tensors, tickets)
-        self.lora.set_draws(
-            Draws(
-                [derive_seed(ticket.key, ticket.number) for ticket in tickets],
-                [ticket.rows for ticket in tickets],
-            )
-        )
-        self.lora.federated.lanes = Bound(rows=[ticket.rows for ticket in tickets])
+        layers = [place.layer for place in self._places.values()]
+        keys = [derive_seed(ticket.key, ticket.number) for ticket in tickets]
+        rows = [ticket.rows for ticket in tickets]
         try:
+            self._bind(tensors, tickets)
+            self.lora.set_draws(Draws(keys, rows))
+            self.lora.federated.lanes = Bound(rows=rows)
             yield tensors
         finally:
             for layer in layers:
@@ -132,8 +130,16 @@ class LaneStack:
             self.lora.federated.lanes = None
             self.lora.set_draws(None)
 
-    def _bind(self, tensors: Mapping[str, Tensor], tickets: Sequence[Ticket]) -> list[Any]:
-        """Give each layer its part; the layers."""
+    def _chosen(self, stacked: Tensor, seats: tuple[int, ...]) -> Tensor:
+        """A parameter's values of some seats, (lanes, …)."""
+        if seats == tuple(range(self.seats)):
+            return stacked.detach()
+        if seats not in self._indices:  # made once: a GPU is waited for
+            self._indices[seats] = torch.tensor(seats, device=stacked.device)
+        return stacked.index_select(0, self._indices[seats])
+
+    def _bind(self, tensors: Mapping[str, Tensor], tickets: Sequence[Ticket]) -> None:
+        """Give each layer its part."""
         of_layer: dict[int, tuple[Place, dict[str, Tensor]]] = {}
         for name, place in self._places.items():
             of_layer.setdefault(id(place.layer), (place, {}))[1][place.role] = tensors[name]
@@ -141,7 +147,6 @@ class LaneStack:
             rows = [ticket.rows if place.sees_rows else 1 for ticket in tickets]
             scales = [self._scaling[ticket.seat].get(place.path, 1.0) for ticket in tickets]
             place.layer.lanes = Bound(own, rows, scales)
-        return [place.layer for place, _ in of_layer.values()]
 
 
 def hand_out(tensors: Mapping[str, Tensor], lanes: Sequence[Mapping[str, nn.Parameter]]) -> None:
@@ -159,7 +164,7 @@ def _places(lora: CLIPLoRAWrapper) -> Iterator[tuple[str, Place]]:
     from fedlora.modules.adapted import AdaptedLinear
 
     for path, layer in lora.layers.items():
-        if isinstance(layer, AdaptedLinear):
+        if isinstance(layer, AdaptedLinear) and isinstance(layer.get_base_layer(), LaneLinear):
             for part in ("A", "B"):
                 yield f"{part}/{path}", Place(layer, part, path, lora.sees_rows(path))
     holders = {

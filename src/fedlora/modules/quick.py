@@ -22,8 +22,19 @@ def make_quick(model: FederatedCLIPModel) -> None:
     use_own_layers(model)
 
 
+def make_plain(model: FederatedCLIPModel) -> None:
+    """Undo :func:`make_quick`, once the adapter is out: each layer is of its own class again."""
+    from fedlora.modules.adapted import use_plain_layers
+    from fedlora.modules.tower import compute_all
+
+    compute_all(model.clip)
+    use_plain_layers(model)
+
+
 def fuse(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Let an optimizer of torch that can, and was not told how, update all tensors in one call."""
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return optimizer  # a step() of its own may know nothing of it
     for group in optimizer.param_groups:
         undecided = "fused" in group and group["fused"] is None and group.get("foreach") is None
         special = group.get("differentiable") or group.get("capturable")

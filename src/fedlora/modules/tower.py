@@ -79,3 +79,12 @@ def leave_out_unread(clip: Any) -> None:
     plain = attention.config._attn_implementation == "sdpa" and not attention.dropout
     if type(last) is CLIPEncoderLayer and plain:
         last.__class__ = FirstTokenLayer
+
+
+def compute_all(clip: Any) -> None:
+    """Undo :func:`leave_out_unread`, in place."""
+    for module in clip.modules():
+        if type(getattr(module, "activation_fn", None)) is QuickGELU:
+            module.activation_fn = QuickGELUActivation()
+        if type(module) is FirstTokenLayer:
+            module.__class__ = CLIPEncoderLayer  # type: ignore[assignment]

@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from fedlora.errors import FedloraError
@@ -14,6 +15,7 @@ from fedlora.modules.lanes import LaneStack, why_not
 from fedlora.state import Client
 
 if TYPE_CHECKING:
+    from fedlora.modules.classifier import CLIPLoRAClassifier
     from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
     from fedlora.trainer import FederatedTrainer
 
@@ -30,8 +32,9 @@ def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStac
     Raises:
         FedloraError: for lanes that this run cannot have.
     """
-    lora, lanes = trainer.lightning_module.lora, trainer.lanes
-    if lora is None or lanes == 1:
+    module, lanes = trainer.lightning_module, trainer.lanes
+    lora = module.lora
+    if lora is None or lanes == 1 or trainer.state.fn != TrainerFn.FITTING:
         return None
     if trainer.world.size > 1 and trainer.spread == "ddp":
         if lanes == "auto":
@@ -43,9 +46,27 @@ def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStac
     if lanes == "auto":
         rows = int(median(client.num_samples for client in clients))
         rows = max(1, min(rows, trainer.datamodule.batch_size))
-        lanes = 1 if why_not(lora) else that_pay(trainer, lora, rows)
+        lanes = 1 if why_not(lora) or _own_optimizer(module) else that_pay(trainer, lora, rows)
+    elif name := _own_optimizer(module):
+        raise FedloraError(
+            f"trainer.lanes must be 1 here: {type(module).__name__} has a {name}() of its own, "
+            "which knows one client's parameters."
+        )
     seats = min(int(lanes), trainer.clients_per_round or len(clients))
     return LaneStack(lora, seats) if seats > 1 else None
+
+
+def _own_optimizer(module: CLIPLoRAClassifier) -> str:
+    """The method by which a class of the user's makes its optimizer; empty for ours."""
+    kind, ours = type(module), _classifier()
+    names = ("configure_optimizers", "optimizer_groups")
+    return next((name for name in names if getattr(kind, name) is not getattr(ours, name)), "")
+
+
+def _classifier() -> type[CLIPLoRAClassifier]:
+    from fedlora.modules.classifier import CLIPLoRAClassifier
+
+    return CLIPLoRAClassifier
 
 
 def that_pay(trainer: FederatedTrainer, lora: CLIPLoRAWrapper, rows: int) -> int:
@@ -82,7 +103,7 @@ def kept_for_backward(trainer: FederatedTrainer, lora: CLIPLoRAWrapper, rows: in
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             with trainer.fabric.autocast():
-                out = module.training_step(batch)
+                out = module.training_step(batch, 0)
             del out
     finally:
         lora.set_dropout_key(None)
