@@ -110,6 +110,7 @@ SCRIPTS: dict[str, Script] = {
     ),
     "scaling": Script("scaling.py", "scaling.py --quick"),
     "limit": Script("limit.py", "limit.py --quick --threads 1 --sizes tiny", none),
+    "compiled": Script("compiled.py", "compiled.py --turns 1 --sizes tiny", none, scratch=False),
     "processes": Script(
         "processes.py --repeats 5",
         "processes.py --repeats 1 --rounds 3 --ways clients",
