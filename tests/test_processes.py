@@ -106,6 +106,7 @@ def settings(name: str) -> dict[str, Any]:
         "FedSALoRA": {"rule": FedSALoRA(), "clients_per_round": 3},
         "SCAFFOLD": {"callbacks": [SCAFFOLD()], "model": sgd},
         "Ditto": {"callbacks": [Ditto()], "clients_per_round": 3},
+        "lanes": {"lanes": 2, "model": DROPOUT},
         "Fails": {"callbacks": [Fails()], "on_client_error": "skip"},
         "stops": {"callbacks": [EarlyStopping("val/acc", mode="max", stopping_threshold=0.01)]},
         "clipped": {
@@ -130,7 +131,8 @@ def two(root: Path, names: list[str], extra: dict[str, Any]) -> None:
     play(root, names, devices=2, **extra)
 
 
-CLIENTS = ["FedAvg", "FFALoRA", "FedExLoRA", "FedSALoRA", "SCAFFOLD", "Ditto", "Fails", "stops"]
+CLIENTS = ["FedAvg", "FFALoRA", "FedExLoRA", "FedSALoRA", "SCAFFOLD", "Ditto", "lanes"]
+CLIENTS += ["Fails", "stops"]
 ROWS = ["clipped", "RoLoRA", "text", "one row"]
 
 

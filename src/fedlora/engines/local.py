@@ -287,8 +287,8 @@ class LocalLoop:
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
-        norm = nn.utils.get_total_norm([p.detach() for p in lane.parameters.values()])
-        checks = torch.stack([lane.loss, norm.to(lane.loss)]).isfinite().tolist()
+        trained = torch.cat([p.detach().flatten() for p in lane.parameters.values()])
+        checks = torch.stack([lane.loss.isfinite(), trained.isfinite().all()]).tolist()
         if not all(checks):
             what = "adapter" if checks[0] else "loss"
             raise NonFiniteError(
