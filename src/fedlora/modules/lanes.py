@@ -20,7 +20,7 @@ from fedlora.state import Part
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter is used: ``role`` of ``layer``, which ``sees`` pictures or prompts."""
+    """Where a parameter is used: ``role`` of ``layer``, which sees pictures or else prompts."""
 
     layer: Any
     role: str
@@ -66,7 +66,6 @@ class LaneStack:
         self.lora = lora
         self.seats = seats
         self._places = dict(_places(lora))
-        self._indices: dict[tuple[int, ...], Tensor] = {}
         self._own: dict[str, Tensor] = {
             f"{part}/{path}": parameter
             for part, parameters in lora.parameters.items()
@@ -111,10 +110,9 @@ class LaneStack:
         Yields:
             Name -> the values of these seats, (lanes, …), a leaf where it is trained.
         """
-        seats = tuple(ticket.seat for ticket in tickets)
         tensors = {
-            name: self._chosen(stacked, seats).requires_grad_(self._own[name].requires_grad)
-            for name, stacked in self._stacked.items()
+            name: chosen.requires_grad_(self._own[name].requires_grad)
+            for name, chosen in self._chosen([ticket.seat for ticket in tickets])
         }
         layers = [place.layer for place in self._places.values()]
         keys = [derive_seed(ticket.key, ticket.number) for ticket in tickets]
@@ -130,13 +128,16 @@ class LaneStack:
             self.lora.federated.lanes = None
             self.lora.set_draws(None)
 
-    def _chosen(self, stacked: Tensor, seats: tuple[int, ...]) -> Tensor:
-        """A parameter's values of some seats, (lanes, …)."""
-        if seats == tuple(range(self.seats)):
-            return stacked.detach()
-        if seats not in self._indices:  # made once: a GPU is waited for
-            self._indices[seats] = torch.tensor(seats, device=stacked.device)
-        return stacked.index_select(0, self._indices[seats])
+    def _chosen(self, seats: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter's values of some seats, (lanes, …)."""
+        if seats == list(range(self.seats)):
+            yield from ((name, stacked.detach()) for name, stacked in self._stacked.items())
+            return
+        index: Tensor | None = None
+        for name, stacked in self._stacked.items():
+            if index is None:  # one for all: a GPU may be waited for
+                index = torch.tensor(seats, device=stacked.device)
+            yield name, stacked.index_select(0, index)
 
     def _bind(self, tensors: Mapping[str, Tensor], tickets: Sequence[Ticket]) -> None:
         """Give each layer its part."""

@@ -6,7 +6,7 @@ Here the scale goes to the small side (rank r), sums are made in place, and the 
 BLAS is slow at as G^T H, is computed as (H^T G)^T.
 
 On x86 CPUs float32 products go to oneDNN, which comes with torch. torch itself sends them to MKL,
-and that leaves AVX-512 alone on processors of other makers than its own.
+which was half as fast on an AMD processor with AVX-512 (``benchmarks/limit.py``).
 """
 
 from __future__ import annotations
