@@ -31,7 +31,7 @@ from fedlora.callbacks.proximal import FedProx
 from fedlora.engines.lane import Lane
 from fedlora.engines.local import LocalLoop
 from fedlora.state import AdapterState, Client, Round
-from tests.engines.test_local import Line, batches, sgd
+from tests.engines.test_local import Line, batches, sgd, train
 from tests.runs import QUICK, fit
 
 
@@ -83,7 +83,7 @@ def test_the_step_by_hand() -> None:
     loop = LocalLoop(Fabric(accelerator="cpu", devices=1), line)
     lane = loop.open(Client(0, 3), Round(0))
     lane.objectives, lane.anchor = [Ditto(2.0)], {"other/w": torch.tensor([1.0])}
-    loop.run(lane, Round(0), 2, batches([2.0], [2.0]))
+    train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == 1.5
 
 

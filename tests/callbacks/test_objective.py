@@ -27,7 +27,7 @@ from fedlora.modules.report import readable
 from fedlora.round_lr import RoundLR
 from fedlora.sampling import Sampling
 from fedlora.state import Client, Round
-from tests.engines.test_local import Line, batches, sgd
+from tests.engines.test_local import Line, batches, sgd, train
 from tests.runs import (
     QUICK,
     assert_same_bits,
@@ -82,7 +82,7 @@ def test_the_pull_by_hand(mu: float, anchor: float, ends: float) -> None:
     loop = LocalLoop(FABRIC, line)
     lane = loop.open(Client(0, 3), Round(0))
     lane.objectives, lane.anchor = [FedProx(mu)], {"other/w": torch.tensor([anchor])}
-    loop.run(lane, Round(0), 2, batches([2.0], [2.0]))
+    train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == ends
 
 
@@ -91,7 +91,7 @@ def test_what_the_server_does_not_average_has_no_pull_by_hand() -> None:
     loop = LocalLoop(FABRIC, line)
     lane = loop.open(Client(0, 3), Round(0))
     lane.objectives = [FedProx(2.0)]
-    loop.run(lane, Round(0), 2, batches([2.0], [2.0]))
+    train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == 1.5
 
 
@@ -101,7 +101,7 @@ def test_clipping_comes_after_the_pull() -> None:
     loop = LocalLoop(FABRIC, line, clip=1.0)
     lane = loop.open(Client(0, 3), Round(0))
     lane.objectives, lane.anchor = [FedProx(40.0)], {"other/w": torch.zeros(1)}
-    loop.run(lane, Round(0), 2, batches([2.0], [2.0]))
+    train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == pytest.approx(0.0, abs=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_accumulated_batches_have_one_pull() -> None:
     loop = LocalLoop(FABRIC, line, accumulate=2)
     lane = loop.open(Client(0, 3), Round(0))
     lane.objectives, lane.anchor = [FedProx(2.0)], {"other/w": torch.zeros(1)}
-    loop.run(lane, Round(0), 4, batches([2.0], [2.0], [2.0], [2.0]))
+    train(loop, lane, Round(0), 4, batches([2.0], [2.0], [2.0], [2.0]))
     assert line.w.item() == 1.0
 
 

@@ -35,6 +35,7 @@ from fedlora.engines.local import LocalLoop
 from fedlora.sampling import Sampling
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Round
 from tests.engines.test_local import Line, batches, sgd
+from tests.engines.test_local import train as train_alone
 from tests.runs import QUICK, make_data, make_model, make_trainer, rows
 
 KEY = "control/other/w"
@@ -61,7 +62,7 @@ def train(
     lane.anchor = {"other/w": line.w.detach().clone()}
     lane.received = {} if received is None else {KEY: torch.tensor([received])}
     lane.memory = {} if memory is None else {KEY: torch.tensor([memory])}
-    loop.run(lane, Round(0), 1, batches([target]))
+    train_alone(loop, lane, Round(0), 1, batches([target]))
     return lane
 
 
@@ -123,7 +124,7 @@ def test_clients_that_differ_agree_on_the_common_optimum(corrected: bool) -> Non
                 kept[number],
             )
             data = [{"image": torch.tensor([scale]), "label": torch.tensor([target * scale])}]
-            loop.run(lane, rnd, 1, lambda epoch, data=data: iter(data))
+            train_alone(loop, lane, rnd, 1, lambda epoch, data=data: iter(data))
             kept[number] = lane.memory
             state = AdapterState()
             update = ClientUpdate(lane.client, state, state, 1.0, extra=lane.extra)

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
+from fedlora.engines.lane import Lane
 from fedlora.engines.local import LocalLoop, NonFiniteError
 from fedlora.state import Client, Round
 
@@ -39,10 +40,18 @@ def batches(*values: list[float]) -> Any:
     return lambda epoch: iter(made)
 
 
+def train(loop: LocalLoop, lane: Lane, rnd: Round, per_epoch: int, data: Any) -> None:
+    """From start to end."""
+    loop.start(lane, rnd, per_epoch, data)
+    while lane.left:
+        loop.step([lane])
+    loop.finish(lane, rnd)
+
+
 def run(line: Line, data: Any, per_epoch: int, **settings: Any):
     loop = LocalLoop(Fabric(accelerator="cpu", devices=1), line, **settings)
     lane = loop.open(Client(0, 3), Round(0))
-    loop.run(lane, Round(0), per_epoch, data)
+    train(loop, lane, Round(0), per_epoch, data)
     return lane
 
 

@@ -17,7 +17,7 @@ from fedlora.modules.clip import FederatedCLIPModel
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.dropout import KeyedDropout
-from fedlora.modules.lanes import LaneStack, Ticket, hand_out, why_not
+from fedlora.modules.lanes import LaneStack, Ticket, why_not
 from fedlora.modules.quick import make_quick
 from fedlora.state import AdapterState, Residual
 from tests.small_clip import NAMES, SIZE, TEMPLATES, adapted, pictures, shake
@@ -102,13 +102,12 @@ def together(
     """What one step of all of them gives to each."""
     images, labels = zip(*(batch(ticket.seat) for ticket in work), strict=True)
     rows = [ticket.rows for ticket in work]
-    leaves = [stack.leaves(ticket.seat) for ticket in work]
+    leaves = [stack.memory.seats[ticket.seat].leaves() for ticket in work]
     lora.federated.zero_grad()
-    with stack.together(work) as tensors:
+    with stack.together(work):
         logits = lora.federated(torch.cat(images)).split(rows)
         losses = map(nn.functional.cross_entropy, logits, labels)
         torch.stack(list(losses)).sum().backward()
-    hand_out(tensors, leaves)
     assert all(p.grad is None for p in lora.federated.parameters())  # the model's own
     return [
         {"logits": own.detach()} | {n: p.grad for n, p in of.items() if p.grad is not None}
@@ -149,7 +148,7 @@ def test_leaves_are_a_seats_own_memory(settings: dict[str, Any], folder: Path) -
     lora = quick(folder, **settings)
     states = clients(lora)
     stack = seated(lora, states)
-    leaves = stack.leaves(1)
+    leaves = stack.memory.seats[1].leaves()
     trained = lora.trainable()
     assert {n: p.shape for n, p in leaves.items()} == {n: p.shape for n, p in trained.items()}
     with torch.no_grad():
@@ -233,11 +232,11 @@ def test_some_of_the_seats(seats: list[int], folder: Path) -> None:
     states = clients(lora)
     expected = [alone(lora, states[own.seat], own) for own in tickets(seats)]
     stack = seated(lora, states)
-    others = {seat: stack.leaves(seat) for seat in SEATS if seat not in seats}
+    others = {seat: stack.memory.seats[seat].leaves() for seat in SEATS if seat not in seats}
     for one, other in zip(together(lora, stack, tickets(seats)), expected, strict=True):
         compare(one, other)
     for seat, leaves in others.items():
-        assert all(leaf.grad is None for leaf in leaves.values())
+        assert not any(leaf.grad.any() for leaf in leaves.values() if leaf.grad is not None)
         stack.take(seat)
         assert same(lora.state(), states[seat])
 
@@ -247,17 +246,17 @@ def test_a_step_moves_only_who_takes_it(folder: Path) -> None:
     lora = quick(folder)
     states = clients(lora)
     stack = seated(lora, states)
-    leaves = {seat: stack.leaves(seat) for seat in (0, 2)}
+    leaves = {seat: stack.memory.seats[seat].leaves() for seat in (0, 2)}
     optimizers = [torch.optim.SGD(own.values(), lr=0.1) for own in leaves.values()]
     work = tickets([0, 2])
     images = torch.cat([batch(own.seat)[0] for own in work])
     for _ in range(2):
-        with stack.together(work) as tensors:
+        with stack.together(work):
             lora.federated(images).square().sum().backward()
-        hand_out(tensors, list(leaves.values()))
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
+        for seat in (0, 2):
+            stack.memory.seats[seat].forget_gradients()
     stack.take(1)
     assert same(lora.state(), states[1])
     for seat, own in leaves.items():
@@ -269,13 +268,12 @@ def test_a_step_moves_only_who_takes_it(folder: Path) -> None:
 def test_gradients_of_several_batches_add_up(folder: Path) -> None:
     lora = quick(folder)
     stack = seated(lora, clients(lora))
-    leaves = [stack.leaves(seat) for seat in SEATS]
+    leaves = [stack.memory.seats[seat].leaves() for seat in SEATS]
     images = torch.cat([batch(seat)[0] for seat in SEATS])
     found = []
     for _ in range(2):
-        with stack.together(tickets()) as tensors:
+        with stack.together(tickets()):
             lora.federated(images).square().sum().backward()
-        hand_out(tensors, leaves)
         found.append([{n: p.grad.clone() for n, p in own.items()} for own in leaves])
     for first, both in zip(*found, strict=True):
         assert all(torch.equal(both[name], 2 * gradient) for name, gradient in first.items())
@@ -318,7 +316,7 @@ def test_a_part_that_is_not_trained(part: str, folder: Path) -> None:
     states = clients(lora)
     expected = [alone(lora, state, own) for state, own in zip(states, tickets(), strict=True)]
     stack = seated(lora, states)
-    assert not [name for name in stack.leaves(0) if name.startswith(part)]
+    assert not [name for name in stack.memory.seats[0].leaves() if name.startswith(part)]
     for one, other in zip(together(lora, stack, tickets()), expected, strict=True):
         compare(one, other)
 

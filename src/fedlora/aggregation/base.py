@@ -172,31 +172,37 @@ class WeightedMean(Aggregator):
         """
         total = 0.0
         known = _shapes(dict(server.tensors()))
-        sums: dict[str, Tensor] = {}
-        dtypes: dict[str, torch.dtype] = {}
+        tensors: dict[str, Tensor] = {}
+        sums: Tensor | None = None  # end to end: more tensors would take longer, more entries not
         for update in updates:
             if update.weight == 0:
                 continue
-            tensors = dict(update.payload.only(self.averaged).tensors())
-            shapes = _shapes(tensors)
-            if shapes != {name: known.get(name) for name in sums or shapes}:
+            now = dict(update.payload.only(self.averaged).tensors())
+            if _shapes(now) != {name: known.get(name) for name in tensors or now}:
                 raise FedloraError(
                     f"{type(self).__name__} takes the mean of tensors of one shape, but "
                     f"{update.client} sent other names or shapes than the server or the client "
                     "before. Give all clients the server's rank."
                 )
-            for name, tensor in tensors.items():
-                term = tensor.double() * update.weight
-                sums[name] = term if name not in sums else sums[name].add_(term)
-                dtypes[name] = tensor.dtype
+            tensors = {name: now[name] for name in tensors or now}  # in the order of the first
+            if tensors:
+                term = torch.cat([t.flatten() for t in tensors.values()]).double() * update.weight
+                sums = term if sums is None else sums.add_(term)
             total += update.weight
-        means = {name: (value / total).to(dtypes[name]) for name, value in sums.items()}
+        means = {} if sums is None else _parts(sums / total, tensors)
         mean = AdapterState.from_tensors(means).over(server)
         return replace(mean, added={})  # the residual stayed as it was
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def _parts(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that lay end to end, of the shapes and types of others."""
+    parts = flat.split_with_sizes([tensor.numel() for tensor in like.values()])
+    each = zip(like.items(), parts, strict=True)
+    return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in each}
 
 
 class ProductMean:

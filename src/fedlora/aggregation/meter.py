@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from fedlora.sampling import derive_seed
 from fedlora.state import AdapterState, ClientUpdate, Residual
 
+Names = tuple[str, ...]
+K = TypeVar("K")
+AT_ONCE = 2**17  # entries of sketches that stay in a CPU's cache
 COLUMNS = 32  # of the sketch: a relative error estimated from it is good to some ten percent
 
 
@@ -45,11 +49,11 @@ class AggregationMeter:
 
     def __init__(self) -> None:
         self._total = 0.0
-        self._products: dict[str, Tensor] = {}
+        self._products: dict[Names, Tensor] = {}
         self._residuals: dict[str, Tensor] = {}
         self._drifts: list[float] = []
-        self._basis: dict[str, Tensor] = {}
-        self._starts: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._basis: dict[Names, Tensor] = {}
+        self._starts: dict[Names, tuple[list[Tensor], Tensor]] = {}
         self._beside: dict[str, tuple[Residual, Tensor]] = {}
 
     def watch(self, updates: Iterable[ClientUpdate]) -> Iterator[ClientUpdate]:
@@ -62,16 +66,14 @@ class AggregationMeter:
     def _add(self, update: ClientUpdate) -> None:
         adapter, sent = update.adapter, update.sent
         moved = 0.0
-        for name in adapter.A:  # in its order: that of a set differs per process
-            if name not in adapter.B:
-                continue
-            term = self._product(adapter, name)
-            _accumulate(self._products, name, term, update.weight)
+        for names in _alike(adapter):
+            term = self._product(adapter, names)
+            _accumulate(self._products, names, term, update.weight)
             # In place: a fresh tensor of this size costs more than what is computed in it.
-            moved += _square(term.sub_(self._sent(sent, name))) / COLUMNS
-            if name in adapter.residual:
-                beside = self._residual(adapter.residual[name], name)
-                _accumulate(self._residuals, name, beside, update.weight)
+            moved += _square(term.sub_(self._sent(sent, names))) / COLUMNS
+        for name, change in adapter.residual.items():
+            if name in adapter.A and name in adapter.B:
+                _accumulate(self._residuals, name, self._residual(change, name), update.weight)
         self._total += update.weight
         self._drifts.append(moved**0.5)
 
@@ -81,12 +83,12 @@ class AggregationMeter:
             return Figures()
         lost = ideal = 0.0
         ranks = []
-        for name, total in self._products.items():
+        for name, total in self._sums().items():
             product = total / self._total
             want = product
             if name in self._residuals:
                 want = product + self._residuals[name] / self._total
-            got = self._product(served, name)
+            got = self._product(served, (name,))[0]
             if name in served.residual:
                 got = got.add_(self._residual(served.residual[name], name))
             ideal += _square(want)
@@ -99,41 +101,65 @@ class AggregationMeter:
             drift_max=max(self._drifts),
         )
 
-    def _product(self, adapter: AdapterState, name: str) -> Tensor:
-        """``s B A Z`` of one layer: (out_features, 32), float64, a fresh tensor."""
-        A, B = adapter.A[name].double(), adapter.B[name].double()
-        return B @ (A @ self._z(name, A.shape[1]) * adapter.scaling[name])
+    def _sums(self) -> dict[str, Tensor]:
+        """By layer: clients of other ranks may have had others side by side."""
+        sums: dict[str, Tensor] = {}
+        for names, totals in self._products.items():
+            for name, total in zip(names, totals, strict=True):
+                _accumulate(sums, name, total, 1.0)
+        return sums
 
-    def _sent(self, sent: AdapterState, name: str) -> Tensor:
-        A, B = sent.A[name], sent.B[name]
-        known = self._starts.get(name)
-        if (
-            known is None or known[0] is not A or known[1] is not B
-        ):  # clients of the server's rank share one
-            known = self._starts[name] = (A, B, self._product(sent, name))
-        return known[2]
+    def _product(self, adapter: AdapterState, names: Names) -> Tensor:
+        """``s B A Z`` of some layers: (layers, out_features, 32), float64, a fresh tensor."""
+        A, B = (torch.stack([part[n] for n in names]).double() for part in (adapter.A, adapter.B))
+        scales = A.new_tensor([adapter.scaling[name] for name in names])
+        return B @ (A @ self._z(names, A.shape[2]) * scales.view(-1, 1, 1))
+
+    def _sent(self, sent: AdapterState, names: Names) -> Tensor:
+        factors = [part[name] for part in (sent.A, sent.B) for name in names]
+        known = self._starts.get(names)
+        # Clients of the server's rank share one.
+        if known is None or any(a is not b for a, b in zip(known[0], factors, strict=True)):
+            known = self._starts[names] = (factors, self._product(sent, names))
+        return known[1]
 
     def _residual(self, change: Residual, name: str) -> Tensor:
         """``R Z`` of one layer."""
         known = self._beside.get(name)
         if known is None or known[0] is not change:  # clients of a round share one residual
             wide = change.to(torch.float64)
-            Z = self._z(name, change.shape[1])
+            Z = self._z((name,), change.shape[1])[0]
             value = wide.U @ Z if wide.V is None else wide.U @ (wide.V @ Z)
             known = self._beside[name] = (change, value)
         return known[1]
 
-    def _z(self, name: str, columns: int) -> Tensor:
-        if name not in self._basis:
-            generator = torch.Generator().manual_seed(derive_seed("sketch", name))
-            shape = (columns, COLUMNS)
-            # Signs and not normal values: what a single column adds to the norm is then exact.
-            ones = torch.randint(0, 2, shape, generator=generator, dtype=torch.int8)
-            self._basis[name] = ones.double().mul_(2).sub_(1)
-        return self._basis[name]
+    def _z(self, names: Names, columns: int) -> Tensor:
+        """Z of some layers, (layers, columns, 32)."""
+        if names not in self._basis:
+            self._basis[names] = torch.stack([_signs(name, columns) for name in names])
+        return self._basis[names]
 
 
-def _accumulate(sums: dict[str, Tensor], name: str, term: Tensor, weight: float) -> None:
+def _signs(name: str, columns: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed("sketch", name))
+    # Signs and not normal values: what a single column adds to the norm is then exact.
+    ones = torch.randint(0, 2, (columns, COLUMNS), generator=generator, dtype=torch.int8)
+    return ones.double().mul_(2).sub_(1)
+
+
+def _alike(adapter: AdapterState) -> Iterator[Names]:
+    """Layers whose factors have one shape, in their order, as many as are quicker at once."""
+    alike: dict[tuple[torch.Size, torch.Size], list[str]] = {}
+    for name, A in adapter.A.items():  # in its order: that of a set differs per process
+        if name in adapter.B:
+            alike.setdefault((A.shape, adapter.B[name].shape), []).append(name)
+    for (_, shape), names in alike.items():
+        size = max(1, AT_ONCE // (shape[0] * COLUMNS))
+        for first in range(0, len(names), size):
+            yield tuple(names[first : first + size])
+
+
+def _accumulate(sums: dict[K, Tensor], name: K, term: Tensor, weight: float) -> None:
     if name in sums:
         sums[name].add_(term, alpha=weight)
     else:

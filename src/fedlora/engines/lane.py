@@ -14,6 +14,7 @@ from fedlora.state import Client
 
 if TYPE_CHECKING:
     from fedlora.callbacks.objective import Objective
+    from fedlora.modules.lane_memory import Seat
 
 Batch = dict[str, Tensor]
 Window = Iterator[tuple[Batch, int]]  # the batches of an optimizer step, each with their number
@@ -26,9 +27,11 @@ class Lane:
     Attributes:
         client: who.
         parameters: the leaves that it trains, by name.
-        optimizer: fresh for this round.
+        optimizer: fresh for this round; where clients share steps, parameters that lie side by side
+            may be one in it.
         seat: its place among the clients that share steps; None where it trains the model's own
             parameters.
+        room: likewise, its values and gradients.
         step: optimizer steps taken.
         loss: sum of the samples' losses, float64, on the device.
         correct: samples classified right, on the device.
@@ -58,6 +61,7 @@ class Lane:
     scratch: dict[str, Tensor] = field(default_factory=dict)
     own: bool = False
     seat: int | None = None
+    room: Seat | None = None
     step: int = 0
     loss: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     correct: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -72,6 +76,18 @@ class Lane:
         """Mean training loss and accuracy over the samples seen."""
         count = max(self.seen, 1)
         return {"loss": float(self.loss) / count, "acc": float(self.correct) / count}
+
+    def settle_gradients(self) -> None:
+        """Let its optimizer find what is in ``grad`` of its parameters."""
+        if self.room is not None:
+            self.room.settle_gradients()
+
+    def forget_gradients(self) -> None:
+        """Get ready for the next step."""
+        if self.room is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.room.forget_gradients()
 
     def scaled(self, loss: Tensor) -> Tensor:
         """A loss as it is to be passed back."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedlora.engines.lane import Batch, Lane, windows
 from fedlora.engines.rows import Rows, add_figures, add_gradients
 from fedlora.errors import FedloraError
-from fedlora.modules.lanes import Ticket, hand_out
+from fedlora.modules.lanes import Ticket
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round
 
@@ -89,30 +89,17 @@ class LocalLoop:
             seat: its place in the stack, which gets what the module holds; None: the module.
         """
         if seat is None or self.stack is None:
-            parameters = self.lora.trainable()
+            room, parameters = None, self.lora.trainable()
             optimizer = self.module.configure_optimizers()
+            optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
         else:
-            self.stack.put(seat)
-            parameters = self.stack.leaves(seat)
+            room = self.stack.put(seat)
+            parameters = room.leaves()
             optimizer = self.module.make_optimizer(parameters)
-        optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
+            room.join(optimizer)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
-        return Lane(client, parameters, optimizer, seat=seat)
-
-    def run(
-        self,
-        lane: Lane,
-        rnd: Round,
-        per_epoch: int,
-        batches: Callable[[int], Iterable[Batch]],
-        most_steps: int | None = None,
-    ) -> None:
-        """Train one client from start to end; arguments and errors as in the parts below."""
-        self.start(lane, rnd, per_epoch, batches, most_steps)
-        while lane.left:
-            self.step([lane])
-        self.finish(lane, rnd)
+        return Lane(client, parameters, optimizer, seat=seat, room=room)
 
     def start(
         self,
@@ -224,13 +211,12 @@ class LocalLoop:
             Ticket(lane.seat, size, lane.key, lane.step * self.accumulate + position)
             for lane, size in zip(lanes, rows, strict=True)
         ]
-        with stack.together(tickets) as tensors:
+        with stack.together(tickets):
             out = self._forward(batch, position)
             pieces = [out[name].split_with_sizes(rows) for name in ("losses", "correct")]
             each = zip(lanes, pieces[0], counts, strict=True)
             total = [lane.scaled(losses.mean() / count) for lane, losses, count in each]
             self._pass_back(torch.stack(total).sum())
-        hand_out(tensors, [lane.parameters for lane in lanes])
         moved = {name: value.split_with_sizes(rows) for name, value in batch.items()}
         for number, (lane, loss, correct) in enumerate(zip(lanes, *pieces, strict=True)):
             lane.add(loss, correct)
@@ -265,14 +251,16 @@ class LocalLoop:
             precision.scaler = lane.scaler
         if self.rows_over is not None:
             add_gradients(list(lane.parameters.values()), self.rows_over)
+        lane.settle_gradients()
         if self.clip is not None or lane.objectives:
             precision.unscale_gradients(lane.optimizer)
         for objective in lane.objectives:
             objective.on_lane_gradients(lane)
+            lane.settle_gradients()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(lane.parameters.values(), self.clip)
         self.fabric.strategy.optimizer_step(lane.optimizer)
-        lane.optimizer.zero_grad(set_to_none=True)
+        lane.forget_gradients()
         lane.step += 1
         lane.left -= 1
 
@@ -287,8 +275,9 @@ class LocalLoop:
 
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
-        trained = torch.cat([p.detach().flatten() for p in lane.parameters.values()])
-        checks = torch.stack([lane.loss.isfinite(), trained.isfinite().all()]).tolist()
+        trained = [p for group in lane.optimizer.param_groups for p in group["params"]]
+        joined = torch.cat([p.detach().flatten() for p in trained])
+        checks = torch.stack([lane.loss.isfinite(), joined.isfinite().all()]).tolist()
         if not all(checks):
             what = "adapter" if checks[0] else "loss"
             raise NonFiniteError(

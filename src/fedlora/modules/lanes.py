@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedlora.errors import FedloraError
 from fedlora.modules.clip_wrapper import CLIPLoRAWrapper
 from fedlora.modules.dropout import Draws
+from fedlora.modules.lane_memory import LaneMemory, Seat
 from fedlora.modules.layers import Bound, LaneLinear, LaneNorm
 from fedlora.sampling import derive_seed
 from fedlora.state import Part
@@ -49,8 +49,8 @@ class LaneStack:
     """Room for the adapters, heads and scalings of several clients, stacked by parameter.
 
     A client's values come from the model and go back into it: :meth:`put`, :meth:`take`. Between
-    the two it has leaves of its own (:meth:`leaves`), for an optimizer of its own, and any of the
-    seats can share a step (:meth:`together`).
+    the two it has leaves and gradients of its own (``memory``), for an optimizer of its own, and
+    any of the seats can share a step (:meth:`together`).
 
     Args:
         lora: the adapter in the model.
@@ -66,54 +66,34 @@ class LaneStack:
         self.lora = lora
         self.seats = seats
         self._places = dict(_places(lora))
-        self._own: dict[str, Tensor] = {
+        own = {
             f"{part}/{path}": parameter
             for part, parameters in lora.parameters.items()
             for path, parameter in parameters.items()
         }
-        with torch.no_grad():
-            self._stacked = {
-                name: own.detach().expand(seats, *own.shape).clone()
-                for name, own in self._own.items()
-            }
+        self.memory = LaneMemory(own, seats)
         self._scaling: list[dict[str, float]] = [dict(lora.scaling) for _ in range(seats)]
 
-    @torch.no_grad()
-    def put(self, seat: int) -> None:
+    def put(self, seat: int) -> Seat:
         """Let a seat have what is in the model."""
-        for name, own in self._own.items():
-            self._stacked[name][seat].copy_(own)
         self._scaling[seat] = dict(self.lora.scaling)
+        room = self.memory.seats[seat]
+        room.put()
+        return room
 
-    @torch.no_grad()
     def take(self, seat: int) -> None:
         """Put what a seat has into the model."""
-        for name, own in self._own.items():
-            own.copy_(self._stacked[name][seat])
+        self.memory.seats[seat].take()
         self.lora.set_scaling(self._scaling[seat])
 
-    def leaves(self, seat: int) -> dict[str, nn.Parameter]:
-        """What a seat trains, in the seat's own memory, by name as in ``lora.trainable()``."""
-        return {
-            name: nn.Parameter(self._stacked[name][seat])
-            for name, own in self._own.items()
-            if own.requires_grad
-        }
-
     @contextmanager
-    def together(self, tickets: Sequence[Ticket]) -> Iterator[dict[str, Tensor]]:
-        """Let the model compute with several seats at once.
+    def together(self, tickets: Sequence[Ticket]) -> Iterator[None]:
+        """Let the model compute with several seats at once; their gradients are theirs at the end.
 
         Args:
             tickets: the lanes, in the order in which their rows lie in the batch.
-
-        Yields:
-            Name -> the values of these seats, (lanes, …), a leaf where it is trained.
         """
-        tensors = {
-            name: chosen.requires_grad_(self._own[name].requires_grad)
-            for name, chosen in self._chosen([ticket.seat for ticket in tickets])
-        }
+        tensors, index = self.memory.chosen([ticket.seat for ticket in tickets])
         layers = [place.layer for place in self._places.values()]
         keys = [derive_seed(ticket.key, ticket.number) for ticket in tickets]
         rows = [ticket.rows for ticket in tickets]
@@ -121,23 +101,13 @@ class LaneStack:
             self._bind(tensors, tickets)
             self.lora.set_draws(Draws(keys, rows))
             self.lora.federated.lanes = Bound(rows=rows)
-            yield tensors
+            yield
+            self.memory.add_gradients(tensors, index)
         finally:
             for layer in layers:
                 layer.lanes = None
             self.lora.federated.lanes = None
             self.lora.set_draws(None)
-
-    def _chosen(self, seats: Sequence[int]) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter's values of some seats, (lanes, …)."""
-        if seats == list(range(self.seats)):
-            yield from ((name, stacked.detach()) for name, stacked in self._stacked.items())
-            return
-        index: Tensor | None = None
-        for name, stacked in self._stacked.items():
-            if index is None:  # one for all: a GPU may be waited for
-                index = torch.tensor(seats, device=stacked.device)
-            yield name, stacked.index_select(0, index)
 
     def _bind(self, tensors: Mapping[str, Tensor], tickets: Sequence[Ticket]) -> None:
         """Give each layer its part."""
@@ -148,16 +118,6 @@ class LaneStack:
             rows = [ticket.rows if place.sees_rows else 1 for ticket in tickets]
             scales = [self._scaling[ticket.seat].get(place.path, 1.0) for ticket in tickets]
             place.layer.lanes = Bound(own, rows, scales)
-
-
-def hand_out(tensors: Mapping[str, Tensor], lanes: Sequence[Mapping[str, nn.Parameter]]) -> None:
-    """Add the gradients of what :meth:`LaneStack.together` gave to each lane's own leaves."""
-    for name, tensor in tensors.items():
-        if tensor.grad is None:
-            continue
-        for lane, gradient in zip(lanes, tensor.grad, strict=True):
-            parameter = lane[name]
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _places(lora: CLIPLoRAWrapper) -> Iterator[tuple[str, Place]]:
