@@ -19,6 +19,7 @@ from fedlora.distributed.launch import end, explained
 from fedlora.distributed.world import World
 from fedlora.errors import CheckpointError, ElsewhereError, FedloraError
 from fedlora.federation import make_clients, make_rounds
+from fedlora.garbage import looking_at_new_objects_only
 from fedlora.modules.prefix import keeping_frozen
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
@@ -106,7 +107,8 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
     if trainer.world.is_zero:
         run.write_config(trainer.config_text)
     _check_folder(trainer.world, rounds)
-    with _log_file(run) if trainer.world.is_zero else nullcontext(), _keeping(trainer):
+    log = _log_file(run) if trainer.world.is_zero else nullcontext()
+    with log, _keeping(trainer), looking_at_new_objects_only():
         _play(trainer, rounds, fresh=saved is None)
 
 

@@ -66,6 +66,39 @@ def test_arrived_tensors_share_no_memory() -> None:
     assert other.untyped_storage().nbytes() == 16  # else a checkpoint would hold the whole message
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_many_named_tensors_arrive_each_as_it_was(dtype: torch.dtype) -> None:
+    shapes = {"bias": (10,), "A": (8, 64), "scale": (), "none": (0, 3), "B": (5, 3)}
+    sent = {name: torch.randn(shape).mul(9).to(dtype) for name, shape in shapes.items()}
+    sent |= {"leaf": torch.nn.Parameter(torch.ones(3).to(dtype), requires_grad=False)}
+    arrived = decode(encode({"before": torch.ones(1, dtype=torch.uint8), "here": sent}))["here"]
+    assert list(arrived) == list(sent)  # in their order
+    for name, tensor in sent.items():
+        assert (arrived[name].dtype, arrived[name].shape) == (dtype, tensor.shape)
+        assert torch.equal(arrived[name], tensor)
+        # As torch's own tensors lie: products with others may have other last bits.
+        assert arrived[name].data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"x": torch.ones(2), "y": torch.ones(2, dtype=torch.float64)},
+        {"x": torch.ones(2), "y": 3},
+        {3: torch.ones(2), 4: torch.zeros(2)},
+        {"x": torch.ones(2), "y": torch.ones(3, 2).T},
+        {"x": torch.ones(2), "y": torch.zeros(1).expand(3)},
+    ],
+    ids=["types", "numbers", "keys", "strides", "expanded"],
+)
+def test_what_does_not_lie_alike_arrives_too(odd: dict[object, object]) -> None:
+    arrived = decode(encode(odd))
+    assert arrived.keys() == odd.keys()
+    for key, value in odd.items():
+        assert torch.equal(torch.as_tensor(arrived[key]), torch.as_tensor(value))
+        assert type(arrived[key]) is type(value)
+
+
 def test_an_adapter_arrives_to_the_bit() -> None:
     state = AdapterState(
         A={"x": torch.randn(2, 3)},

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import FedloraError
+from fedlora.flat import joined, split
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Part, Residual, Round
 
 Factors = Literal["step", "corrected", "anew"]
@@ -186,23 +187,20 @@ class WeightedMean(Aggregator):
                 )
             tensors = {name: now[name] for name in tensors or now}  # in the order of the first
             if tensors:
-                term = torch.cat([t.flatten() for t in tensors.values()]).double() * update.weight
+                term = joined(tensors.values()).double() * update.weight
                 sums = term if sums is None else sums.add_(term)
             total += update.weight
-        means = {} if sums is None else _parts(sums / total, tensors)
+        means: dict[str, Tensor] = {}
+        if sums is not None:
+            parts = split(sums / total, [tensor.shape for tensor in tensors.values()])
+            each = zip(tensors.items(), parts, strict=True)
+            means = {name: part.to(tensor.dtype) for (name, tensor), part in each}
         mean = AdapterState.from_tensors(means).over(server)
         return replace(mean, added={})  # the residual stayed as it was
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
-
-
-def _parts(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that lay end to end, of the shapes and types of others."""
-    parts = flat.split_with_sizes([tensor.numel() for tensor in like.values()])
-    each = zip(like.items(), parts, strict=True)
-    return {name: part.view(tensor.shape).to(tensor.dtype) for (name, tensor), part in each}
 
 
 class ProductMean:

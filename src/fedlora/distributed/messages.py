@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedlora.flat import joined, split
+
 HEAD = 8  # bytes that say how long the text before the tensors is
 PLAIN = (type(None), bool, int, float, str)
 GROUPS: dict[str, type] = {"list": list, "tuple": tuple, "set": set}
@@ -51,8 +53,8 @@ def decode(message: Tensor) -> Any:
 
 
 def _noted(found: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """As it is; the bytes of a tensor are noted, in the order of the text."""
-    if "tensor" in found:
+    """As it is; the bytes of tensors are noted, in the order of the text."""
+    if "bytes" in found:
         sizes.append(found["bytes"])
     return found
 
@@ -61,14 +63,10 @@ def _described(value: Any, parts: list[Tensor]) -> Any:
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Tensor):
-        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        parts.append(flat)
-        stride = list(value.stride())
-        if 0 in stride:  # expanded: what is there once is written out
-            stride = list(value.contiguous().stride())
-        layout = [str(value.dtype).removeprefix("torch."), list(value.shape), stride]
-        return {"tensor": layout, "bytes": len(flat)}
+        return _described_tensor(value, parts)
     if isinstance(value, dict):
+        if _lie_alike(value):
+            return _described_as_one(value, parts)
         pairs = value.items()
         return {"dict": [[_described(k, parts), _described(v, parts)] for k, v in pairs]}
     if isinstance(value, bytes):
@@ -80,12 +78,50 @@ def _described(value: Any, parts: list[Tensor]) -> Any:
     raise TypeError(f"processes tell each other plain data and tensors, not {type(value).__name__}")
 
 
+def _described_tensor(value: Tensor, parts: list[Tensor]) -> dict[str, Any]:
+    flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    parts.append(flat)
+    stride = list(value.stride())
+    if 0 in stride:  # expanded: what is there once is written out
+        stride = list(value.contiguous().stride())
+    return {"tensor": [_dtype(value), list(value.shape), stride], "bytes": len(flat)}
+
+
+def _described_as_one(tensors: dict[str, Tensor], parts: list[Tensor]) -> dict[str, Any]:
+    """An adapter has many small ones, of which each would take its time."""
+    flat = joined(tensors.values())
+    parts.append(flat.cpu().view(torch.uint8))
+    shapes = [list(tensor.shape) for tensor in tensors.values()]
+    return {"tensors": [list(tensors), _dtype(flat), shapes], "bytes": len(parts[-1])}
+
+
+def _lie_alike(tensors: dict[Any, Any]) -> bool:
+    """Whether these are named tensors of one type, each without gaps and in the usual order."""
+    first = next(iter(tensors.values()), None)
+    return isinstance(first, Tensor) and all(
+        isinstance(name, str)
+        and isinstance(tensor, Tensor)
+        and (tensor.dtype, tensor.device) == (first.dtype, first.device)
+        and tensor.is_contiguous()
+        for name, tensor in tensors.items()
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _value(described: Any, parts: Any) -> Any:
     if isinstance(described, PLAIN):
         return described
     ((name, content), *_) = described.items()
     if name == "tensor":
         return _tensor(content, next(parts))
+    if name == "tensors":
+        names, dtype, shapes = content
+        # A copy, as in _tensor.
+        own = split(next(parts).clone().view(getattr(torch, dtype)), shapes)
+        return dict(zip(names, own, strict=True))
     if name == "dict":
         return {_value(k, parts): _value(v, parts) for k, v in content}
     if name == "hex":

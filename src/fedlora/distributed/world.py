@@ -23,6 +23,7 @@ T = TypeVar("T")
 # fewer time.
 AHEAD = 64
 MOST = 2**28
+BUNCH = 2**24  # bytes, about, of results that one message carries
 POLL_S = 0.1
 WAITING = "wait for another process"  # name of a thread
 
@@ -124,6 +125,7 @@ class World:
         pack: Callable[[T], Any] = lambda result: result,
         unpack: Callable[[int, Any], T] = lambda _, plain: plain,
         nbytes: Callable[[T], int] = lambda _: 0,
+        ready: Callable[[], int] = lambda: 0,
     ) -> Iterator[T]:
         """Work spread over the ranks, its results in order on rank 0.
 
@@ -137,15 +139,17 @@ class World:
             pack: a result as plain data.
             unpack: the number of an item and plain data -> the result.
             nbytes: of a result, as it is kept.
+            ready: how many results are there already after the last one: they travel together.
 
         Yields:
             On rank 0 every result; elsewhere nothing, but the work is done while it is consumed.
         """
         mine = deque(number for number, owner in enumerate(owners) if owner == self.rank)
         if not self.is_zero:
-            self._send(mine, lambda number: pack(compute(number)))
+            self._send(_bunches(mine, compute, pack, nbytes, ready))
             return
         kept: dict[int, tuple[T, int]] = {}
+        came: dict[int, deque[Any]] = {rank: deque() for rank in range(self.size)}
 
         def compute_next() -> None:
             ahead = mine.popleft()
@@ -158,14 +162,16 @@ class World:
                     compute_next()
                 yield kept.pop(number)[0]
                 continue
-            while mine and _is_room(size for _, size in kept.values()):  # the other may be at it
-                compute_next()
-            yield unpack(number, self._receive(owner))
+            if not came[owner]:
+                while mine and _is_room(size for _, size in kept.values()):  # it may be at it
+                    compute_next()
+                came[owner].extend(self._receive(owner))
+            yield unpack(number, came[owner].popleft())
 
-    def _send(self, numbers: Sequence[int], compute: Callable[[int], Any]) -> None:
+    def _send(self, bunches: Iterable[list[Any]]) -> None:
         under_way: deque[tuple[Any, Any, Tensor]] = deque()
-        for number in numbers:
-            message = encode(compute(number))
+        for bunch in bunches:
+            message = encode(bunch)
             with self._listening():
                 size = distributed.isend(torch.tensor([len(message)]), 0)
                 under_way.append((size, distributed.isend(message, 0), message))
@@ -228,6 +234,24 @@ class World:
         except (RuntimeError, ValueError):  # gone, or never there
             pass
         return None
+
+
+def _bunches(
+    numbers: deque[int],
+    compute: Callable[[int], T],
+    pack: Callable[[T], Any],
+    nbytes: Callable[[T], int],
+    ready: Callable[[], int],
+) -> Iterator[list[Any]]:
+    """Results, packed, that are there at the same time."""
+    while numbers:
+        bunch: list[Any] = []
+        size = 0
+        while numbers and (not bunch or (ready() and size < BUNCH)):
+            result = compute(numbers.popleft())
+            size += nbytes(result)
+            bunch.append(pack(result))
+        yield bunch
 
 
 def _is_room(sizes: Iterable[int]) -> bool:

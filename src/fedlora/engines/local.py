@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fedlora.engines.lane import Batch, Lane, windows
 from fedlora.engines.rows import Rows, add_figures, add_gradients
 from fedlora.errors import FedloraError
+from fedlora.flat import joined
 from fedlora.modules.lanes import Ticket
 from fedlora.sampling import derive_seed
 from fedlora.state import Client, Round
@@ -276,8 +277,7 @@ class LocalLoop:
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
         trained = [p for group in lane.optimizer.param_groups for p in group["params"]]
-        joined = torch.cat([p.detach().flatten() for p in trained])
-        checks = torch.stack([lane.loss.isfinite(), joined.isfinite().all()]).tolist()
+        checks = torch.stack([lane.loss.isfinite(), joined(trained).isfinite().all()]).tolist()
         if not all(checks):
             what = "adapter" if checks[0] else "loss"
             raise NonFiniteError(

@@ -67,13 +67,15 @@ class ClientParallelEngine(SequentialEngine):
         mine = [
             client for client, rank in zip(players, owners, strict=True) if rank == self.world.rank
         ]
-        own = self.turns(mine, plan, rnd, server, rule)
+        steps = self.steps(plan, rnd, server, rule)
+        own = steps.turns(mine)
         turns = self.world.in_order(
             owners,
             lambda _: next(own),  # it asks for each of this rank's, in their order
             Turn.to_dict,
             arrived,
             lambda turn: turn.update.nbytes if turn.update else 0,
+            steps.ready,
         )
         yield from zip(players, turns, strict=False)  # elsewhere than on rank 0 there are none
 

@@ -128,17 +128,11 @@ class SequentialEngine:
         self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator
     ) -> Iterator[tuple[Client, Turn]]:
         """Every client's turn, in their order."""
-        yield from zip(plan.players, self.turns(plan.players, plan, rnd, server, rule), strict=True)
+        turns = self.steps(plan, rnd, server, rule).turns(plan.players)
+        yield from zip(plan.players, turns, strict=True)
 
-    def turns(
-        self,
-        clients: Sequence[Client],
-        plan: Plan,
-        rnd: Round,
-        server: ServerState,
-        rule: Aggregator,
-    ) -> Iterator[Turn]:
-        """Train some of the clients, and write what stays with them; their turns in this order."""
+    def steps(self, plan: Plan, rnd: Round, server: ServerState, rule: Aggregator) -> SharedSteps:
+        """What trains clients, and writes what stays with them."""
 
         def begin(start: Start, seat: int | None) -> Course:
             return self._course(start, rnd, server, rule, plan.limits.get(start.client.id), seat)
@@ -150,7 +144,7 @@ class SequentialEngine:
                 self.store.write(client.id, rnd.idx + 1, kept)
             return Turn(update, bool(kept))
 
-        shared = SharedSteps(
+        return SharedSteps(
             self.loop,
             self.on_start,
             lambda client: self.start_of(client, rnd, server, rule),
@@ -158,7 +152,6 @@ class SequentialEngine:
             conclude,
             self._left_out,
         )
-        yield from shared.turns(clients)
 
     def _left_out(self, error: Exception) -> Turn:
         """The turn of a client that raised an error, where that does not end the round."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,11 @@ class SharedSteps:
             self._free = list(range(loop.stack.seats))
         self._playing: list[Playing] = []
         self._done: dict[int, Turn] = {}
+        self._next = 0  # whose turn is asked for next
+
+    def ready(self) -> int:
+        """How many turns are over that were not asked for yet, without gaps."""
+        return next(i for i in itertools.count() if self._next + i not in self._done)
 
     def turns(self, clients: Sequence[Client]) -> Iterator[Turn]:
         """What comes of each client's turn, in their order."""
@@ -85,6 +91,7 @@ class SharedSteps:
                 while number not in self._done:
                     self._seat(waiting, ready)
                     self._advance()
+                self._next = number + 1
                 yield self._done.pop(number)
         finally:
             for each in self._playing:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
+from fedlora.flat import joined, split
 from fedlora.modules.config import LoRAConfig
 from fedlora.modules.dropout import Draws, KeyedDropout, Rows
 from fedlora.modules.frozen import keep_frozen_in
@@ -182,17 +183,18 @@ class LearnedParts:
         """A copy of all that is learned on the CPU in float32, with what is served."""
         self._require("on")
 
-        def copy(tensors: Mapping[str, Tensor], flat: bool = False) -> dict[str, Tensor]:
-            return {
-                # A convolution's factors as matrices, which is what rules average.
-                name: (t.flatten(1) if flat else t).detach().to("cpu", torch.float32, copy=True)
-                for name, t in tensors.items()
-            }
-
-        A, B = (copy(self.parameters[part], flat=True) for part in ("A", "B"))
-        return AdapterState(
-            A, B, copy(self._own("other")), dict(self.scaling), dict(self.served.residual)
-        )
+        # A convolution's factors as matrices, which is what rules average.
+        parts: dict[Part, dict[str, Tensor]] = {
+            "A": {name: tensor.flatten(1) for name, tensor in self.parameters["A"].items()},
+            "B": {name: tensor.flatten(1) for name, tensor in self.parameters["B"].items()},
+            "other": self._own("other"),
+        }
+        every = [tensor for part in parts.values() for tensor in part.values()]
+        # At once: from a GPU each copy would be waited for.
+        flat = joined(tensor.to(torch.float32) for tensor in every).cpu()
+        copies = split(flat, [tensor.shape for tensor in every])
+        A, B, other = ({name: next(copies) for name in part} for part in parts.values())
+        return AdapterState(A, B, other, dict(self.scaling), dict(self.served.residual))
 
     @torch.no_grad()
     def load(self, state: AdapterState) -> None:
@@ -208,10 +210,14 @@ class LearnedParts:
                 "gives goes to set_parameters()."
             )
         refuse(list(self._faults(state)), "the adapter's tensors")
+        into, values = [], []
         for part in self.parameters:
             own = self._own(part)
             for name, tensor in state.part(part).items():
-                own[name].copy_(tensor.view_as(own[name]))
+                into.append(own[name])
+                values.append(tensor.view_as(own[name]))
+        if into:
+            torch._foreach_copy_(into, values)
         self.set_scaling(state.scaling)
         self.served.serve(state.residual)
 

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedlora.flat import ALIGNED, joined, split
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+def test_what_was_joined_comes_apart_again(dtype: torch.dtype) -> None:
+    shapes = [(10,), (8, 64), (), (0, 3), (5, 3), (1,), (4, 4)]
+    tensors = [torch.randn(shape).mul(9).to(dtype) for shape in shapes]
+    parts = list(split(joined(tensors), shapes))
+    for part, tensor in zip(parts, tensors, strict=True):
+        assert (part.dtype, part.shape) == (dtype, tensor.shape)
+        assert torch.equal(part, tensor)
+        assert part.data_ptr() % ALIGNED == 0
+
+
+def test_it_is_a_copy_of_values() -> None:
+    leaf = torch.nn.Parameter(torch.ones(2, 3).T)
+    flat = joined([leaf])
+    assert not flat.requires_grad
+    flat.zero_()
+    assert leaf.sum() == 6
+
+
+def test_most_of_it_is_not_copied_when_it_comes_apart() -> None:
+    first, second = split(torch.zeros(32), [(16,), (4, 4)])
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def test_sizes_must_fit() -> None:
+    with pytest.raises(RuntimeError):
+        list(split(torch.zeros(5), [(2,), (2,)]))
