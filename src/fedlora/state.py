@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -164,7 +165,7 @@ class AdapterState:
             added={**base.added, **self.added},
         )
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes that it takes to send."""
         tensors = sum(tensor.nbytes for _, tensor in self.tensors())

@@ -23,6 +23,7 @@ from fedlora.state import AdapterState, Residual
         [],
         {},
         {"a": [1, {"b": None}], 3: "three", "both": (1, [2], {"c"}), "bytes": b"\x80"},
+        {"tensor": 1, "bytes": 3, "plain": 0.5, "hex": None, "dict": "x"},
     ],
     ids=str,
 )

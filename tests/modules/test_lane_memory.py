@@ -29,7 +29,6 @@ MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW, not fused": partial(torch.optim.AdamW, weight_decay=0.1),
     "SGD": partial(torch.optim.SGD, fused=True, weight_decay=0.1),
     "RMSprop": torch.optim.RMSprop,
-    "LBFGS": lambda groups, **settings: torch.optim.LBFGS(groups[0]["params"], **settings),
 }
 
 
@@ -39,14 +38,18 @@ def own() -> dict[str, nn.Parameter]:
     return {name: nn.Parameter(torch.randn(shape)) for name, shape in SHAPES.items()}
 
 
-@pytest.fixture
-def memory(own: Mapping[str, nn.Parameter]) -> LaneMemory:
+def make_memory(own: Mapping[str, nn.Parameter], kind: str = "AdamW") -> LaneMemory:
     """With three seats, to two of which a pass came before."""
-    memory = LaneMemory(own, 3)
+    memory = LaneMemory(own, 3, type(MAKE[kind]([{"params": [nn.Parameter(torch.ones(1))]}])))
     for seat in memory.seats:
         seat.put()
     passed(memory, [0, 2])
     return memory
+
+
+@pytest.fixture
+def memory(own: Mapping[str, nn.Parameter]) -> LaneMemory:
+    return make_memory(own)
 
 
 def draw(seed: int) -> dict[str, Tensor]:
@@ -68,17 +71,17 @@ def groups(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
     return [{"params": rest}, {"params": head, "lr": 0.3}]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in MAKE if kind != "LBFGS"])
+@pytest.mark.parametrize("kind", list(MAKE))
 def test_a_step_of_all_as_one_is_a_step_of_each_to_the_bit(
-    kind: str, own: Mapping[str, nn.Parameter], memory: LaneMemory
+    kind: str, own: Mapping[str, nn.Parameter]
 ) -> None:
+    memory = make_memory(own, kind)
     for number in (0, 2, 0):  # a seat that is used again, too
         seat = memory.seats[number]
         alone = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()}
         seat.put()
         leaves = seat.leaves()
-        joined, apart = (MAKE[kind](groups(each), lr=0.1) for each in (leaves, alone))
-        seat.join(joined)
+        joined, apart = (MAKE[kind](g, lr=0.1) for g in (seat.groups(groups), groups(alone)))
         for step in range(3):
             passed(memory, [1, number], seed=10 * step)
             for name, gradient in draw(10 * step + number).items():
@@ -92,14 +95,21 @@ def test_a_step_of_all_as_one_is_a_step_of_each_to_the_bit(
         assert not torch.equal(leaves["A/x"], own["A/x"])
 
 
+def in_one_group(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    return [{"params": list(parameters.values())}]
+
+
+def count(made: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in made]
+
+
 def sizes(optimizer: torch.optim.Optimizer) -> list[list[int]]:
     return [[p.numel() for p in group["params"]] for group in optimizer.param_groups]
 
 
 def test_what_lies_side_by_side_is_one_of_its_group(memory: LaneMemory) -> None:
     seat = memory.seats[0]
-    optimizer = MAKE["AdamW"](groups(seat.leaves()), lr=0.1)
-    seat.join(optimizer)
+    optimizer = MAKE["AdamW"](seat.groups(groups), lr=0.1)
     assert sizes(optimizer) == [[5, 8 * 19 + 3 * 7 + 13 * 8], [10 + 1]]
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.3]
 
@@ -107,49 +117,52 @@ def test_what_lies_side_by_side_is_one_of_its_group(memory: LaneMemory) -> None:
 def test_only_what_is_trained_is_joined(
     own: Mapping[str, nn.Parameter], memory: LaneMemory
 ) -> None:
-    own["A/y"].requires_grad_(False)
     seat = memory.seats[0]
-    leaves = seat.leaves()
-    assert "A/y" not in leaves
-    optimizer = MAKE["Adam"]([{"params": list(leaves.values())}])
-    seat.join(optimizer)
+    assert count(seat.groups(groups)) == [2, 1]
+    own["A/y"].requires_grad_(False)
+    assert "A/y" not in seat.leaves()
+    optimizer = MAKE["AdamW"](seat.groups(in_one_group))
     assert sizes(optimizer) == [[5, 8 * 19, 13 * 8, 10 + 1]]
-
-
-@pytest.mark.parametrize("kind", ["SGD", "RMSprop", "LBFGS"])
-def test_what_may_not_work_entry_by_entry_keeps_its_tensors(kind: str, memory: LaneMemory) -> None:
-    leaves = memory.seats[0].leaves()
-    optimizer = MAKE[kind](groups(leaves), lr=0.1)
-    before = sizes(optimizer)
-    memory.seats[0].join(optimizer)
-    assert sizes(optimizer) == before
+    own["A/y"].requires_grad_(True)  # parts may take turns
+    assert count(seat.groups(groups)) == [2, 1]
 
 
 class MyAdam(torch.optim.Adam):
     """Somebody's own, which may look at shapes."""
 
 
-def test_nor_does_a_class_of_somebodys_own(memory: LaneMemory) -> None:
-    optimizer = MyAdam(groups(memory.seats[0].leaves()))
-    memory.seats[0].join(optimizer)
-    assert [len(each) for each in sizes(optimizer)] == [4, 2]
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.RMSprop, MyAdam, None])
+def test_what_may_not_work_entry_by_entry_keeps_its_tensors(
+    kind: Any, own: Mapping[str, nn.Parameter]
+) -> None:
+    memory = LaneMemory(own, 2, kind)
+    passed(memory, [0, 1])
+    assert memory.seats[0].groups(groups) == groups(memory.seats[0].leaves())
 
 
 def test_before_any_pass_nothing_is_known_to_have_gradients(
     own: Mapping[str, nn.Parameter],
 ) -> None:
-    seat = LaneMemory(own, 2).seats[0]
-    optimizer = MAKE["Adam"](groups(seat.leaves()))
-    seat.join(optimizer)
-    assert [len(each) for each in sizes(optimizer)] == [4, 2]
+    memory = LaneMemory(own, 2, torch.optim.Adam)
+    assert count(memory.seats[0].groups(groups)) == [4, 2]
+    passed(memory, [1])
+    assert count(memory.seats[0].groups(groups)) == [2, 1]
+
+
+def test_what_an_optimizer_does_to_its_groups_is_its_own(memory: LaneMemory) -> None:
+    first = torch.optim.AdamW(memory.seats[0].groups(groups), lr=0.1)
+    first.param_groups[0]["lr"] *= 2
+    first.param_groups[0]["params"].clear()
+    second = torch.optim.AdamW(memory.seats[0].groups(groups), lr=0.1)
+    assert [group["lr"] for group in second.param_groups] == [0.1, 0.3]
+    assert count(second.param_groups) == [2, 1]
 
 
 def test_a_gradient_that_somebody_replaced_counts(memory: LaneMemory) -> None:
     seat = memory.seats[2]
     seat.put()
     leaves = seat.leaves()
-    optimizer = torch.optim.Adam([{"params": list(leaves.values())}], betas=(0.0, 0.0), eps=1e-12)
-    seat.join(optimizer)
+    optimizer = torch.optim.Adam(seat.groups(in_one_group), betas=(0.0, 0.0), eps=1e-12)
     passed(memory, [2])
     before = {name: leaf.detach().clone() for name, leaf in leaves.items()}
     leaves["A/x"].grad = torch.full((8, 19), -1.0)
@@ -185,7 +198,7 @@ def test_types_are_kept_apart() -> None:
         "b": nn.Parameter(torch.arange(4.0, dtype=torch.float64)),
         "c": nn.Parameter(torch.arange(5.0)),
     }
-    memory = LaneMemory(own, 2)
+    memory = LaneMemory(own, 2, torch.optim.Adam)
     memory.seats[1].put()
     values, _ = memory.chosen([1])
     assert {n: t.dtype for n, t in values.items()} == {n: p.dtype for n, p in own.items()}
@@ -193,6 +206,5 @@ def test_types_are_kept_apart() -> None:
     for value in values.values():
         value.grad = torch.ones_like(value)
     memory.add_gradients(values, torch.tensor([1]))
-    optimizer = torch.optim.Adam(memory.seats[1].leaves().values())
-    memory.seats[1].join(optimizer)
-    assert sizes(optimizer) == [[3, 4, 5]]
+    joined = memory.seats[1].groups(in_one_group)
+    assert [p.numel() for p in joined[0]["params"]] == [3, 4, 5]

@@ -138,9 +138,7 @@ def test_what_is_put_in_comes_out_to_the_bit(settings: dict[str, Any], folder: P
     stack = seated(lora, states)
     assert not any(same(one, other) for one, other in pairwise(states))
     for seat in (2, 0, 1, 0):
-        stack.take(seat)
-        assert same(lora.state(), states[seat])
-        assert all(layer.scaling["default"] == lora.scaling[n] for n, layer in lora.layers.items())
+        assert same(stack.take(seat), states[seat])
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -155,8 +153,7 @@ def test_leaves_are_a_seats_own_memory(settings: dict[str, Any], folder: Path) -
         for leaf in leaves.values():
             leaf.add_(1)
     for seat, state in enumerate(states):
-        stack.take(seat)
-        moved = dict(lora.state().tensors())
+        moved = dict(stack.take(seat).tensors())
         for name, tensor in state.tensors():
             assert torch.equal(moved[name], tensor + (seat == 1))
 
@@ -237,8 +234,7 @@ def test_some_of_the_seats(seats: list[int], folder: Path) -> None:
         compare(one, other)
     for seat, leaves in others.items():
         assert not any(leaf.grad.any() for leaf in leaves.values() if leaf.grad is not None)
-        stack.take(seat)
-        assert same(lora.state(), states[seat])
+        assert same(stack.take(seat), states[seat])
 
 
 def test_a_step_moves_only_who_takes_it(folder: Path) -> None:
@@ -257,12 +253,11 @@ def test_a_step_moves_only_who_takes_it(folder: Path) -> None:
             optimizer.step()
         for seat in (0, 2):
             stack.memory.seats[seat].forget_gradients()
-    stack.take(1)
-    assert same(lora.state(), states[1])
+    assert same(stack.take(1), states[1])
     for seat, own in leaves.items():
-        stack.take(seat)
-        assert not same(lora.state(), states[seat])
-        assert all(torch.equal(lora.trainable()[name], leaf) for name, leaf in own.items())
+        moved = stack.take(seat)
+        assert not same(moved, states[seat])
+        assert all(torch.equal(dict(moved.tensors())[name], leaf) for name, leaf in own.items())
 
 
 def test_gradients_of_several_batches_add_up(folder: Path) -> None:
@@ -353,8 +348,7 @@ def test_after_an_error_nothing_stays_bound(folder: Path) -> None:
     assert bound(lora) == []
     compare(alone(lora, states[0], tickets()[0]), expected, close=0)
     for seat, state in enumerate(states):
-        stack.take(seat)
-        assert same(lora.state(), state)
+        assert same(stack.take(seat), state)
 
 
 def test_a_residual_is_common_to_all(folder: Path) -> None:

@@ -143,7 +143,7 @@ def test_a_built_classifier_is_quick(folder: Path) -> None:
     assert plain == factors
     for optimizer in (
         module.configure_optimizers(),
-        module.make_optimizer(module.lora.trainable()),
+        module.make_optimizer(module.optimizer_groups()),
     ):
         assert [group["fused"] for group in optimizer.param_groups] == [True, True]
 

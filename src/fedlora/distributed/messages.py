@@ -46,17 +46,25 @@ def decode(message: Tensor) -> Any:
     size = int.from_bytes(message[:HEAD].numpy().tobytes(), "little")
     text = message[HEAD : HEAD + size].numpy().tobytes()
     body = message[HEAD + size :]
-    sizes: list[int] = []
-    described = json.loads(text, object_hook=lambda found: _noted(found, sizes))
-    parts = iter(body.split_with_sizes(sizes))
-    return _value(described, parts)
+    return _value(json.loads(text), Body(body))
 
 
-def _noted(found: dict[str, Any], sizes: list[int]) -> dict[str, Any]:
-    """As it is; the bytes of tensors are noted, in the order of the text."""
-    if "bytes" in found:
-        sizes.append(found["bytes"])
-    return found
+class Body:
+    """The tensors of a message, one after the other.
+
+    Args:
+        content: their bytes.
+    """
+
+    def __init__(self, content: Tensor) -> None:
+        self.content = content
+        self.begin = 0
+
+    def take(self, size: int, dtype: str) -> Tensor:
+        """The next bytes as a vector in its own memory: a part of the message would keep it all."""
+        part = self.content[self.begin : self.begin + size]
+        self.begin += size
+        return part.clone().view(getattr(torch, dtype))
 
 
 def _described(value: Any, parts: list[Tensor]) -> Any:
@@ -65,10 +73,7 @@ def _described(value: Any, parts: list[Tensor]) -> Any:
     if isinstance(value, Tensor):
         return _described_tensor(value, parts)
     if isinstance(value, dict):
-        if _lie_alike(value):
-            return _described_as_one(value, parts)
-        pairs = value.items()
-        return {"dict": [[_described(k, parts), _described(v, parts)] for k, v in pairs]}
+        return _described_dict(value, parts)
     if isinstance(value, bytes):
         return {"hex": value.hex()}
     for name, kind in GROUPS.items():
@@ -85,6 +90,15 @@ def _described_tensor(value: Tensor, parts: list[Tensor]) -> dict[str, Any]:
     if 0 in stride:  # expanded: what is there once is written out
         stride = list(value.contiguous().stride())
     return {"tensor": [_dtype(value), list(value.shape), stride], "bytes": len(flat)}
+
+
+def _described_dict(value: dict[Any, Any], parts: list[Tensor]) -> dict[str, Any]:
+    if _lie_alike(value):
+        return _described_as_one(value, parts)
+    if all(isinstance(k, str) and isinstance(v, PLAIN) for k, v in value.items()):
+        return {"plain": value}
+    pairs = value.items()
+    return {"dict": [[_described(k, parts), _described(v, parts)] for k, v in pairs]}
 
 
 def _described_as_one(tensors: dict[str, Tensor], parts: list[Tensor]) -> dict[str, Any]:
@@ -111,31 +125,30 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _value(described: Any, parts: Any) -> Any:
+def _value(described: Any, body: Body) -> Any:
     if isinstance(described, PLAIN):
         return described
     ((name, content), *_) = described.items()
-    if name == "tensor":
-        return _tensor(content, next(parts))
+    if name == "plain":
+        return content
     if name == "tensors":
         names, dtype, shapes = content
-        # A copy, as in _tensor.
-        own = split(next(parts).clone().view(getattr(torch, dtype)), shapes)
+        own = split(body.take(described["bytes"], dtype), shapes)
         return dict(zip(names, own, strict=True))
+    if name == "tensor":
+        dtype, shape, stride = content
+        return _tensor(body.take(described["bytes"], dtype).view(shape), stride)
     if name == "dict":
-        return {_value(k, parts): _value(v, parts) for k, v in content}
+        return {_value(k, body): _value(v, body) for k, v in content}
     if name == "hex":
         return bytes.fromhex(content)
     if name not in GROUPS:
         raise ValueError(f"no message says {name!r}")
-    return GROUPS[name](_value(item, parts) for item in content)
+    return GROUPS[name](_value(item, body) for item in content)
 
 
-def _tensor(layout: list[Any], part: Tensor) -> Tensor:
-    dtype, shape, stride = layout
-    # A copy, in its own memory: a part of the message would keep all of it.
-    own = part.clone().view(getattr(torch, dtype)).view(shape)
+def _tensor(own: Tensor, stride: list[int]) -> Tensor:
     if list(own.stride()) == stride:
         return own
     # A product of matrices has other last bits with other strides.
-    return torch.empty_strided(shape, stride, dtype=own.dtype).copy_(own)
+    return torch.empty_strided(own.shape, stride, dtype=own.dtype).copy_(own)

@@ -96,8 +96,7 @@ class LocalLoop:
         else:
             room = self.stack.put(seat)
             parameters = room.leaves()
-            optimizer = self.module.make_optimizer(parameters)
-            room.join(optimizer)
+            optimizer = self.module.make_optimizer(room.groups(self.module.optimizer_groups))
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.lr_factor(rnd.idx)
         return Lane(client, parameters, optimizer, seat=seat, room=room)

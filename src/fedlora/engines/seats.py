@@ -53,7 +53,7 @@ def make_stack(trainer: FederatedTrainer, clients: Sequence[Client]) -> LaneStac
             "which knows one client's parameters."
         )
     seats = min(int(lanes), trainer.clients_per_round or len(clients))
-    return LaneStack(lora, seats) if seats > 1 else None
+    return LaneStack(lora, seats, type(module.configure_optimizers())) if seats > 1 else None
 
 
 def _own_optimizer(module: CLIPLoRAClassifier) -> str:

@@ -244,9 +244,9 @@ class SequentialEngine:
         self.loop.finish(lane, rnd)
 
     def _trained(self, trainable: frozenset[Part], lane: Lane) -> AdapterState:
-        if self.loop.stack is not None and lane.seat is not None:
-            self.loop.stack.take(lane.seat)
-        return self.lora.state().only(trainable).cut(lane.client.rank)
+        stack, seat = self.loop.stack, lane.seat
+        state = self.lora.state() if stack is None or seat is None else stack.take(seat)
+        return state.only(trainable).cut(lane.client.rank)
 
     def _download(self, client: Client, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the objectives send to a client beside the adapter."""

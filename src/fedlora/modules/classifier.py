@@ -277,13 +277,13 @@ class CLIPLoRAClassifier(LightningModule):
             groups.append({"params": head} | ({} if self.head_lr is None else {"lr": self.head_lr}))
         return groups
 
-    def make_optimizer(self, trained: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        """A fresh optimizer over these, named as in ``lora.trainable()``."""
-        return fuse(self.optimizer(self.optimizer_groups(trained)))
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """A fresh optimizer of groups as :meth:`optimizer_groups` gives them."""
+        return fuse(self.optimizer(groups))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """A fresh optimizer over what is trainable now."""
-        return fuse(self.optimizer(self.optimizer_groups()))
+        return self.make_optimizer(self.optimizer_groups())
 
     def configure_callbacks(self) -> list[Callback]:
         """What logs the steps' figures under ``lightning.Trainer``."""

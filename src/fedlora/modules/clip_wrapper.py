@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -146,9 +146,9 @@ class CLIPLoRAWrapper(LoRAWrapper):
         """What is learned and used, by name, itself; a tower that the head leaves idle is not."""
         return {n: t for n, t in super().exchanged().items() if not self._is_idle(n)}
 
-    def state(self) -> AdapterState:
+    def as_state(self, flat: Tensor, like: Mapping[str, Tensor]) -> AdapterState:
         """As in LoRAWrapper, without a tower that the head leaves idle."""
-        state = super().state()
+        state = super().as_state(flat, like)
         A, B, other = (
             {n: t for n, t in part.items() if not self._is_idle(n)}
             for part in (state.A, state.B, state.other)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from fedlora.flat import joined
 
 # Their updates work entry by entry, and have the same bits wherever in a tensor an entry is: those
 # of SGD, where it is fused, have not.
 ENTRY_BY_ENTRY = (torch.optim.Adam, torch.optim.AdamW)
 
-Rows = Mapping[torch.dtype, Tensor]
+Rows: TypeAlias = Mapping[torch.dtype, Tensor]
+MakeGroups: TypeAlias = Callable[[Mapping[str, nn.Parameter]], list[dict[str, Any]]]
 
 
 class Span(NamedTuple):
@@ -34,13 +37,20 @@ class LaneMemory:
     Args:
         own: name -> the model's own parameter.
         seats: how many clients.
+        kind: what their optimizers are, where that is known.
 
     Attributes:
         seats: the room of each.
     """
 
-    def __init__(self, own: Mapping[str, nn.Parameter], seats: int) -> None:
+    def __init__(
+        self,
+        own: Mapping[str, nn.Parameter],
+        seats: int,
+        kind: type[torch.optim.Optimizer] | None = None,
+    ) -> None:
         self.own = own
+        self.joins = kind in ENTRY_BY_ENTRY
         self.spans = dict(_spans(own))
         self._rows, self._gradients = self._make_rows(seats), self._make_rows(seats)
         self.seats = [
@@ -108,6 +118,7 @@ class Seat:
         self._values, self._gradients = values, gradients
         self._of_name: dict[str, Tensor] = {}  # gradients, where passes come to
         self._of_span: dict[Span, nn.Parameter] = {}
+        self._groups: tuple[Any, list[dict[str, Any]]] | None = None
         self._leaves = {
             name: nn.Parameter(memory.spans[name].of(values, *own.shape))
             for name, own in memory.own.items()
@@ -122,9 +133,12 @@ class Seat:
             leaf.grad = self._of_name.get(name)  # whatever one that broke off has put there
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Put what is here into the model."""
-        torch._foreach_copy_(list(self.memory.own.values()), list(self._leaves.values()))
+    def values(self) -> Tensor:
+        """A copy of all values end to end, in the order of their names; float32, on the CPU."""
+        if len(self._values) > 1:  # types
+            return joined(leaf.to(torch.float32) for leaf in self._leaves.values()).cpu()
+        (row,) = self._values.values()
+        return row.to("cpu", torch.float32, copy=True)
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
@@ -148,19 +162,28 @@ class Seat:
                 own.zero_() if leaf.grad is None else own.copy_(leaf.grad)
                 leaf.grad = own
 
-    def join(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let a fresh optimizer have what lies side by side as one, where that comes to the same.
+    def groups(self, make: MakeGroups) -> list[dict[str, Any]]:
+        """The groups of a fresh optimizer of :meth:`leaves`.
 
-        What a step of many small tensors takes depends on their number, not on their sizes.
+        What lies side by side in a group is one parameter, where that comes to the same: what a
+        step of many small tensors takes depends on their number, not on their sizes.
 
         Args:
-            optimizer: of :meth:`leaves`.
+            make: what is trained, by name -> its groups; the same ones for all clients.
         """
-        if type(optimizer) not in ENTRY_BY_ENTRY:
-            return
-        names = {id(leaf): name for name, leaf in self._leaves.items()}
-        for group in optimizer.param_groups:
-            group["params"] = list(self._joined(group["params"], names))
+        leaves = self.leaves()
+        key = (frozenset(leaves), len(self._of_name))
+        if self._groups is None or self._groups[0] != key:
+            groups = make(leaves)
+            if self.memory.joins:
+                names = {id(leaf): name for name, leaf in leaves.items()}
+                groups = [
+                    group | {"params": list(self._joined(group["params"], names))}
+                    for group in groups
+                ]
+            self._groups = key, groups
+        # An optimizer edits what it is given.
+        return [group | {"params": list(group["params"])} for group in self._groups[1]]
 
     def _joined(
         self, parameters: Iterable[nn.Parameter], names: Mapping[int, str]

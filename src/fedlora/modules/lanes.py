@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.errors import FedloraError
@@ -15,7 +16,7 @@ from fedlora.modules.dropout import Draws
 from fedlora.modules.lane_memory import LaneMemory, Seat
 from fedlora.modules.layers import Bound, LaneLinear, LaneNorm
 from fedlora.sampling import derive_seed
-from fedlora.state import Part
+from fedlora.state import AdapterState, Part
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,22 @@ class Ticket:
 class LaneStack:
     """Room for the adapters, heads and scalings of several clients, stacked by parameter.
 
-    A client's values come from the model and go back into it: :meth:`put`, :meth:`take`. Between
+    A client's values come from the model and leave as a state: :meth:`put`, :meth:`take`. Between
     the two it has leaves and gradients of its own (``memory``), for an optimizer of its own, and
     any of the seats can share a step (:meth:`together`).
 
     Args:
         lora: the adapter in the model.
         seats: how many.
+        kind: what clients' optimizers are, where that is known.
 
     Raises:
         FedloraError: for a parameter that lanes cannot have apart; :func:`why_not` says which.
     """
 
-    def __init__(self, lora: CLIPLoRAWrapper, seats: int) -> None:
+    def __init__(
+        self, lora: CLIPLoRAWrapper, seats: int, kind: type[torch.optim.Optimizer] | None = None
+    ) -> None:
         if reason := why_not(lora):
             raise FedloraError(f"trainer.lanes must be 1 here: {reason}.")
         self.lora = lora
@@ -71,7 +75,7 @@ class LaneStack:
             for part, parameters in lora.parameters.items()
             for path, parameter in parameters.items()
         }
-        self.memory = LaneMemory(own, seats)
+        self.memory = LaneMemory(own, seats, kind)
         self._scaling: list[dict[str, float]] = [dict(lora.scaling) for _ in range(seats)]
 
     def put(self, seat: int) -> Seat:
@@ -81,10 +85,10 @@ class LaneStack:
         room.put()
         return room
 
-    def take(self, seat: int) -> None:
-        """Put what a seat has into the model."""
-        self.memory.seats[seat].take()
-        self.lora.set_scaling(self._scaling[seat])
+    def take(self, seat: int) -> AdapterState:
+        """What a seat has, with the scaling that it was put in with."""
+        state = self.lora.as_state(self.memory.seats[seat].values(), self.memory.own)
+        return replace(state, scaling=dict(self._scaling[seat]))
 
     @contextmanager
     def together(self, tickets: Sequence[Ticket]) -> Iterator[None]:

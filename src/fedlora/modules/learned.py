@@ -182,19 +182,23 @@ class LearnedParts:
     def state(self) -> AdapterState:
         """A copy of all that is learned on the CPU in float32, with what is served."""
         self._require("on")
-
-        # A convolution's factors as matrices, which is what rules average.
-        parts: dict[Part, dict[str, Tensor]] = {
-            "A": {name: tensor.flatten(1) for name, tensor in self.parameters["A"].items()},
-            "B": {name: tensor.flatten(1) for name, tensor in self.parameters["B"].items()},
-            "other": self._own("other"),
-        }
-        every = [tensor for part in parts.values() for tensor in part.values()]
+        tensors = {f"{p}/{n}": t for p in self.parameters for n, t in self._own(p).items()}
         # At once: from a GPU each copy would be waited for.
-        flat = joined(tensor.to(torch.float32) for tensor in every).cpu()
-        copies = split(flat, [tensor.shape for tensor in every])
-        A, B, other = ({name: next(copies) for name in part} for part in parts.values())
-        return AdapterState(A, B, other, dict(self.scaling), dict(self.served.residual))
+        flat = joined(tensor.to(torch.float32) for tensor in tensors.values())
+        return self.as_state(flat.cpu(), tensors)
+
+    def as_state(self, flat: Tensor, like: Mapping[str, Tensor]) -> AdapterState:
+        """Values that lie end to end, in float32 on the CPU, as a state with what is served.
+
+        Args:
+            flat: the values.
+            like: the parameters and statistics that they are of, by name and in their order.
+        """
+        # A convolution's factors as matrices, which is what rules average.
+        matrices = (t if name.startswith("other/") else t.flatten(1) for name, t in like.items())
+        values = zip(like, split(flat, [each.shape for each in matrices]), strict=True)
+        state = AdapterState.from_tensors(dict(values))
+        return replace(state, scaling=dict(self.scaling), residual=dict(self.served.residual))
 
     @torch.no_grad()
     def load(self, state: AdapterState) -> None:
