@@ -30,6 +30,13 @@ def test_most_of_it_is_not_copied_when_it_comes_apart() -> None:
     assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
 
 
-def test_sizes_must_fit() -> None:
-    with pytest.raises(RuntimeError):
-        list(split(torch.zeros(5), [(2,), (2,)]))
+def test_a_part_of_a_vector_comes_apart_too() -> None:
+    parts = list(split(torch.arange(40.0)[3:19], [(2, 3), (10,)]))
+    assert parts[0].tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert parts[1].tolist() == list(range(9, 19))
+
+
+@pytest.mark.parametrize(("count", "said"), [(5, "1 entries are left"), (3, "3 entries are too")])
+def test_sizes_must_fit(count: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        list(split(torch.zeros(10)[:count], [(2,), (2,)]))

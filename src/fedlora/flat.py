@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -21,10 +20,24 @@ def joined(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
-def split(flat: Tensor, shapes: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """The inverse of :func:`joined`: parts of a vector of these shapes, mostly without copies."""
-    parts = flat.split_with_sizes([math.prod(shape) for shape in shapes])
-    for part, shape in zip(parts, shapes, strict=True):
+def split(flat: Tensor, shapes: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+    """The inverse of :func:`joined`: parts of a vector of these shapes, mostly without copies.
+
+    Raises:
+        ValueError: where they are of another size than the vector.
+    """
+    first = flat.storage_offset()
+    last = first + len(flat)
+    for shape in shapes:
+        strides, size = [], 1
+        for length in reversed(shape):
+            strides.append(size)
+            size *= length
+        if first + size > last:
+            raise ValueError(f"{len(flat)} entries are too few")
+        part = flat.as_strided(shape, strides[::-1], first)
+        first += size
         # Products of matrices may have other last bits where their memory is aligned otherwise.
-        own = part if part.data_ptr() % ALIGNED == 0 else part.clone()
-        yield own.view(shape)
+        yield part.clone() if part.data_ptr() % ALIGNED else part
+    if first != last:
+        raise ValueError(f"{last - first} entries are left over")

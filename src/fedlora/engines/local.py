@@ -276,7 +276,8 @@ class LocalLoop:
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
         trained = [p for group in lane.optimizer.param_groups for p in group["params"]]
-        checks = torch.stack([lane.loss.isfinite(), joined(trained).isfinite().all()]).tolist()
+        largest = joined(trained).abs().amax()  # NaN where one is
+        checks = torch.stack([lane.loss, largest.double()]).isfinite().tolist()
         if not all(checks):
             what = "adapter" if checks[0] else "loss"
             raise NonFiniteError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from fedlora.errors import FedloraError
@@ -146,9 +147,9 @@ class CLIPLoRAWrapper(LoRAWrapper):
         """What is learned and used, by name, itself; a tower that the head leaves idle is not."""
         return {n: t for n, t in super().exchanged().items() if not self._is_idle(n)}
 
-    def as_state(self, flat: Tensor, like: Mapping[str, Tensor]) -> AdapterState:
+    def as_state(self, flat: Tensor, shapes: Mapping[str, torch.Size]) -> AdapterState:
         """As in LoRAWrapper, without a tower that the head leaves idle."""
-        state = super().as_state(flat, like)
+        state = super().as_state(flat, shapes)
         A, B, other = (
             {n: t for n, t in part.items() if not self._is_idle(n)}
             for part in (state.A, state.B, state.other)

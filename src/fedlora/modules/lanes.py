@@ -76,6 +76,7 @@ class LaneStack:
             for path, parameter in parameters.items()
         }
         self.memory = LaneMemory(own, seats, kind)
+        self._shapes = lora.shapes()
         self._scaling: list[dict[str, float]] = [dict(lora.scaling) for _ in range(seats)]
 
     def put(self, seat: int) -> Seat:
@@ -87,7 +88,7 @@ class LaneStack:
 
     def take(self, seat: int) -> AdapterState:
         """What a seat has, with the scaling that it was put in with."""
-        state = self.lora.as_state(self.memory.seats[seat].values(), self.memory.own)
+        state = self.lora.as_state(self.memory.seats[seat].values(), self._shapes)
         return replace(state, scaling=dict(self._scaling[seat]))
 
     @contextmanager

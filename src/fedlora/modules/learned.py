@@ -182,22 +182,28 @@ class LearnedParts:
     def state(self) -> AdapterState:
         """A copy of all that is learned on the CPU in float32, with what is served."""
         self._require("on")
-        tensors = {f"{p}/{n}": t for p in self.parameters for n, t in self._own(p).items()}
+        tensors = [t for part in self.parameters for t in self._own(part).values()]
         # At once: from a GPU each copy would be waited for.
-        flat = joined(tensor.to(torch.float32) for tensor in tensors.values())
-        return self.as_state(flat.cpu(), tensors)
+        flat = joined(tensor.to(torch.float32) for tensor in tensors)
+        return self.as_state(flat.cpu(), self.shapes())
 
-    def as_state(self, flat: Tensor, like: Mapping[str, Tensor]) -> AdapterState:
-        """Values that lie end to end, in float32 on the CPU, as a state with what is served.
+    def shapes(self) -> dict[str, torch.Size]:
+        """What a state has, named ``A/<path>``, ``B/<path>``, ``other/<path>``."""
+        return {
+            f"{part}/{name}": _as_in_states(part, tensor)
+            for part in self.parameters
+            for name, tensor in self._own(part).items()
+        }
+
+    def as_state(self, flat: Tensor, shapes: Mapping[str, torch.Size]) -> AdapterState:
+        """Values end to end, float32 on the CPU, as a state with what is served beside them.
 
         Args:
             flat: the values.
-            like: the parameters and statistics that they are of, by name and in their order.
+            shapes: of :meth:`shapes`.
         """
-        # A convolution's factors as matrices, which is what rules average.
-        matrices = (t if name.startswith("other/") else t.flatten(1) for name, t in like.items())
-        values = zip(like, split(flat, [each.shape for each in matrices]), strict=True)
-        state = AdapterState.from_tensors(dict(values))
+        values = dict(zip(shapes, split(flat, [*shapes.values()]), strict=True))
+        state = AdapterState.from_tensors(values)
         return replace(state, scaling=dict(self.scaling), residual=dict(self.served.residual))
 
     @torch.no_grad()
@@ -219,7 +225,8 @@ class LearnedParts:
             own = self._own(part)
             for name, tensor in state.part(part).items():
                 into.append(own[name])
-                values.append(tensor.view_as(own[name]))
+                same = tensor.shape == own[name].shape
+                values.append(tensor if same else tensor.view_as(own[name]))
         if into:
             torch._foreach_copy_(into, values)
         self.set_scaling(state.scaling)
@@ -245,7 +252,7 @@ class LearnedParts:
                 if name not in own:
                     yield f"{part} of {name!r} is not trained here"
                     continue
-                want = own[name].shape if part == "other" else own[name].flatten(1).shape
+                want = _as_in_states(part, own[name])
                 if tensor.shape != want:
                     got = tuple(tensor.shape)
                     yield f"{part} of {name!r} has shape {got}, expected {tuple(want)}"
@@ -255,3 +262,8 @@ class LearnedParts:
         yield from self.served.faults(state.residual)
         if self.exchanges_all():
             yield from self.served.not_inside(state.residual)
+
+
+def _as_in_states(part: Part, tensor: Tensor) -> torch.Size:
+    """A convolution's factors are matrices there, which is what rules average."""
+    return tensor.shape if part == "other" or tensor.dim() == 2 else tensor.flatten(1).shape
