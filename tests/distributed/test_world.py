@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
+from fedlora.distributed import world as module
 from fedlora.distributed.launch import ClientParallelStrategy, explained
 from fedlora.distributed.world import AHEAD, MOST, World
 from fedlora.errors import ElsewhereError, FedloraError, LostError
@@ -85,6 +86,35 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     assert sorted(zero["done"] + one["done"]) == list(range(AHEAD + 10))
     assert zero["before the first"] == AHEAD
     assert (zero["slow"], one["slow"]) == ([1], [])
+
+
+def in_bunches(folder: Path) -> None:
+    """Three results are over at a time, and travel together."""
+    _, world = launched()
+    done: list[int] = []
+
+    def compute(number: int) -> int:
+        done.append(number)
+        return number
+
+    encode = vars(module)["encode"]
+    messages: list[int] = []
+    vars(module)["encode"] = lambda bunch: messages.append(len(bunch)) or encode(bunch)
+    owners = [1, 0, 1, 1, 0, 1, 1, 1, 1, 0]
+    found = list(
+        world.in_order(
+            owners, compute, ready=lambda: -len(done) % 3, nbytes=lambda _: 0, ahead=len(owners)
+        )
+    )
+    world.any(False)
+    (folder / f"{world.rank}.json").write_text(json.dumps([found, messages]))
+
+
+def test_what_is_over_together_travels_together(tmp_path: Path) -> None:
+    assert in_processes(in_bunches, tmp_path) == [0, 0]
+    zero, one = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert zero[0] == list(range(10))
+    assert one == [[], [3, 3, 1]]
 
 
 def heavy(folder: Path) -> None:

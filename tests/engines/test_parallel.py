@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.distributed.messages import decode, encode
-from fedlora.engines.parallel import assign
+from fedlora.engines.parallel import assign, lead
 from fedlora.engines.turn import Turn
 from fedlora.state import AdapterState, Client, ClientUpdate
 
@@ -29,6 +29,27 @@ def test_equal_items_take_turns_from_rank_0() -> None:
     assert assign([1, 9, 1, 1], 2) == [1, 0, 1, 1]
     assert assign([], 3) == []
     assert assign([1, 1, 1], 2, [5, 3]) == [1, 1, 0]
+
+
+def test_rank_0_has_the_first_of_equal_items() -> None:
+    owners, costs = [0, 1, 2, 0, 1, 2, 0], [5, 5, 5, 3, 5, 3, 3]
+    # Of the fives 0, 1, 2, 1 and of the threes 0, 2, 0.
+    assert lead(owners, costs, 100) == [0, 1, 1, 0, 2, 0, 2]
+    assert lead(owners, costs, 2) == owners  # 5 5 | 5 3 | 5 3 | 3
+    assert lead(owners, costs, 1) == owners
+    assert lead([], [], 3) == []
+
+
+@given(st.lists(st.integers(1, 4), max_size=40), st.integers(1, 5), st.integers(1, 50))
+def test_nobody_has_more_to_do_for_it(costs: list[int], size: int, most: int) -> None:
+    owners = assign(costs, size)
+    found = lead(owners, costs, most)
+    assert sorted(zip(costs, found, strict=True)) == sorted(zip(costs, owners, strict=True))
+    for first in range(0, len(costs), most):
+        window = slice(first, first + most)
+        for cost in set(costs[window]):
+            alike = [o for o, c in zip(found[window], costs[window], strict=True) if c == cost]
+            assert alike == sorted(alike)
 
 
 def test_a_turn_arrives_with_all_that_rank_0_does_not_know() -> None:

@@ -23,7 +23,8 @@ from lightning.fabric.strategies.launchers.subprocess_script import _SubprocessS
 from torch import distributed
 from torch.nn import Module
 
-from fedlora.distributed.world import WAITING, World, interruptibly
+from fedlora.distributed.inbox import WAITING, UnderWay
+from fedlora.distributed.world import World
 from fedlora.errors import ElsewhereError, FedloraError, LostError
 
 T = TypeVar("T")
@@ -61,7 +62,7 @@ class ClientParallelStrategy(DDPStrategy):
             logger.setLevel(logging.WARNING)
         try:
             # Another process may end before it gets here.
-            interruptibly(super()._setup_distributed)
+            UnderWay(super()._setup_distributed).result()
         except RuntimeError as error:
             raise LostError(
                 f"not all processes of the run came together ({' '.join(str(error).split())[:200]})"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from fedlora.distributed.inbox import Inbox, UnderWay
 from fedlora.distributed.messages import decode, encode
 from fedlora.errors import ElsewhereError, FedloraError, LostError
 
@@ -19,13 +20,12 @@ if TYPE_CHECKING:
     from lightning.fabric import Fabric
 
 T = TypeVar("T")
-# Results that a process may keep until they are asked for, and their bytes: more would cost memory,
-# fewer time.
+# Results that a process may keep until they are asked for, unless it is told otherwise, and their
+# bytes: more would cost memory, fewer time.
 AHEAD = 64
 MOST = 2**28
 BUNCH = 2**24  # bytes, about, of results that one message carries
 POLL_S = 0.1
-WAITING = "wait for another process"  # name of a thread
 
 
 class World:
@@ -126,12 +126,13 @@ class World:
         unpack: Callable[[int, Any], T] = lambda _, plain: plain,
         nbytes: Callable[[T], int] = lambda _: 0,
         ready: Callable[[], int] = lambda: 0,
+        ahead: int = AHEAD,
     ) -> Iterator[T]:
         """Work spread over the ranks, its results in order on rank 0.
 
         Each rank computes what is its own, in order, and waits for nobody: what comes before its
-        turn is kept, by whoever computed it, at most :data:`AHEAD` results and, where that is more
-        than one, :data:`MOST` bytes.
+        turn is kept, by whoever computed it, at most ``ahead`` results and, where that is more than
+        one, :data:`MOST` bytes.
 
         Args:
             owners: the rank that computes each item.
@@ -140,16 +141,21 @@ class World:
             unpack: the number of an item and plain data -> the result.
             nbytes: of a result, as it is kept.
             ready: how many results are there already after the last one: they travel together.
+            ahead: how many results may be kept.
 
         Yields:
             On rank 0 every result; elsewhere nothing, but the work is done while it is consumed.
         """
         mine = deque(number for number, owner in enumerate(owners) if owner == self.rank)
         if not self.is_zero:
-            self._send(_bunches(mine, compute, pack, nbytes, ready))
+            self._send(_bunches(mine, compute, pack, nbytes, ready), ahead)
             return
         kept: dict[int, tuple[T, int]] = {}
-        came: dict[int, deque[Any]] = {rank: deque() for rank in range(self.size)}
+        inboxes = {
+            rank: Inbox(partial(_message, rank), count)
+            for rank, count in Counter(owners).items()
+            if rank
+        }
 
         def compute_next() -> None:
             ahead = mine.popleft()
@@ -162,20 +168,23 @@ class World:
                     compute_next()
                 yield kept.pop(number)[0]
                 continue
-            if not came[owner]:
-                while mine and _is_room(size for _, size in kept.values()):  # it may be at it
+            if not inboxes[owner].results:
+                while mine and _is_room(
+                    (size for _, size in kept.values()), ahead
+                ):  # it may be at it
                     compute_next()
-                came[owner].extend(self._receive(owner))
-            yield unpack(number, came[owner].popleft())
+                with self._listening():
+                    inboxes[owner].take()
+            yield unpack(number, inboxes[owner].results.popleft())
 
-    def _send(self, bunches: Iterable[list[Any]]) -> None:
+    def _send(self, bunches: Iterable[list[Any]], ahead: int) -> None:
         under_way: deque[tuple[Any, Any, Tensor]] = deque()
         for bunch in bunches:
             message = encode(bunch)
             with self._listening():
                 size = distributed.isend(torch.tensor([len(message)]), 0)
                 under_way.append((size, distributed.isend(message, 0), message))
-            while under_way and not _is_room(message.nbytes for _, _, message in under_way):
+            while not _is_room((message.nbytes for _, _, message in under_way), ahead):
                 self._arrive(under_way)
         while under_way:
             self._arrive(under_way)
@@ -185,19 +194,12 @@ class World:
         self._wait(lambda: size)
         self._wait(lambda: content)
 
-    def _receive(self, rank: int) -> Any:
-        length = torch.zeros(1, dtype=torch.int64)
-        self._wait(lambda: distributed.irecv(length, rank))
-        message = torch.empty(int(length), dtype=torch.uint8)
-        self._wait(lambda: distributed.irecv(message, rank))
-        return decode(message)
-
     def _broadcast(self, tensor: Tensor) -> None:
         self._wait(lambda: distributed.broadcast(tensor, 0, async_op=True))
 
     def _wait(self, begin: Callable[[], Any]) -> None:
         with self._listening():
-            interruptibly(begin().wait)
+            UnderWay(begin().wait).result()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
@@ -254,26 +256,17 @@ def _bunches(
         yield bunch
 
 
-def _is_room(sizes: Iterable[int]) -> bool:
+def _is_room(sizes: Iterable[int], ahead: int) -> bool:
     kept = list(sizes)
-    return not kept or (len(kept) < AHEAD and sum(kept) < MOST)
+    return not kept or (len(kept) < ahead and sum(kept) < MOST)
 
 
-def interruptibly(wait: Callable[[], object]) -> None:
-    """Wait in a thread of its own: a main thread that waits in torch hears no signals."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            wait()
-        except BaseException as error:  # the caller's
-            raised.append(error)
-
-    thread = threading.Thread(target=run, daemon=True, name=WAITING)
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised[0]
+def _message(rank: int) -> Tensor:
+    length = torch.zeros(1, dtype=torch.int64)
+    distributed.recv(length, rank)
+    message = torch.empty(int(length), dtype=torch.uint8)
+    distributed.recv(message, rank)
+    return message
 
 
 def _key(rank: int) -> str:

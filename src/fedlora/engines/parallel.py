@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedlora.distributed.world import MOST
 from fedlora.engines.sequential import SequentialEngine
 from fedlora.engines.turn import Turn
 from fedlora.state import Client, Round, ServerState
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # In rows, for the embedded model on a CPU, roughly: what a step takes whatever its rows, and what
 # the update of a client takes on rank 0, whoever trained it. It only says who plays whom.
 STEP = 8
-UPDATE = 1
+UPDATE = 2
 
 
 def assign(costs: Sequence[int], size: int, loads: Sequence[int] = ()) -> list[int]:
@@ -45,6 +46,23 @@ def assign(costs: Sequence[int], size: int, loads: Sequence[int] = ()) -> list[i
     return owners
 
 
+def lead(owners: Sequence[int], costs: Sequence[int], most: int) -> list[int]:
+    """Let the lower ranks have the first of what costs the same, at most ``most`` in a row.
+
+    Rank 0 takes results in the items' order. With its own behind it, little is left for it to do
+    once the others' last ones come, while they have nothing to do any more.
+    """
+    changed = list(owners)
+    for first in range(0, len(owners), most):
+        alike: dict[int, list[int]] = {}
+        for item in range(first, min(first + most, len(owners))):
+            alike.setdefault(costs[item], []).append(item)
+        for items in alike.values():
+            for item, rank in zip(items, sorted(owners[item] for item in items), strict=True):
+                changed[item] = rank
+    return changed
+
+
 class ClientParallelEngine(SequentialEngine):
     """Each client of a round on one of the processes; their updates are the same ones.
 
@@ -64,6 +82,8 @@ class ClientParallelEngine(SequentialEngine):
 
         busy = [len(players) * UPDATE, *(0 for _ in range(self.world.size - 1))]
         owners = assign(costs, self.world.size, busy)
+        # As many as a process may keep until it is their turn.
+        owners = lead(owners, costs, max(1, MOST // max(1, server.adapter.nbytes)))
         mine = [
             client for client, rank in zip(players, owners, strict=True) if rank == self.world.rank
         ]
@@ -76,6 +96,7 @@ class ClientParallelEngine(SequentialEngine):
             arrived,
             lambda turn: turn.update.nbytes if turn.update else 0,
             steps.ready,
+            ahead=len(players),
         )
         yield from zip(players, turns, strict=False)  # elsewhere than on rank 0 there are none
 
