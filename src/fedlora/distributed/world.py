@@ -158,9 +158,9 @@ class World:
         }
 
         def compute_next() -> None:
-            ahead = mine.popleft()
-            result = compute(ahead)
-            kept[ahead] = result, nbytes(result)
+            item = mine.popleft()
+            result = compute(item)
+            kept[item] = result, nbytes(result)
 
         for number, owner in enumerate(owners):
             if owner == 0:
@@ -169,9 +169,8 @@ class World:
                 yield kept.pop(number)[0]
                 continue
             if not inboxes[owner].results:
-                while mine and _is_room(
-                    (size for _, size in kept.values()), ahead
-                ):  # it may be at it
+                # The other may be at it.
+                while mine and _is_room((size for _, size in kept.values()), ahead):
                     compute_next()
                 with self._listening():
                     inboxes[owner].take()

@@ -14,7 +14,7 @@ from fedlora.flat import joined
 # of SGD, where it is fused, have not.
 ENTRY_BY_ENTRY = (torch.optim.Adam, torch.optim.AdamW)
 
-Rows: TypeAlias = Mapping[torch.dtype, Tensor]
+ByType: TypeAlias = Mapping[torch.dtype, Tensor]
 MakeGroups: TypeAlias = Callable[[Mapping[str, nn.Parameter]], list[dict[str, Any]]]
 
 
@@ -25,7 +25,7 @@ class Span(NamedTuple):
     first: int
     last: int
 
-    def of(self, rows: Rows, *shape: int) -> Tensor:
+    def of(self, rows: ByType, *shape: int) -> Tensor:
         """Its part of rows (…, entries), as (…, *shape); not a copy."""
         part = rows[self.dtype][..., self.first : self.last]
         return part.view((*part.shape[:-1], *shape))
@@ -60,7 +60,7 @@ class LaneMemory:
         # an optimizer then passes it over.
         self.reached: set[str] = set()
 
-    def _make_rows(self, seats: int) -> Rows:
+    def _make_rows(self, seats: int) -> ByType:
         sizes = {span.dtype: span.last for span in self.spans.values()}
         device = next(iter(self.own.values())).device
         return {
@@ -113,7 +113,7 @@ class Seat:
         gradients: likewise.
     """
 
-    def __init__(self, memory: LaneMemory, values: Rows, gradients: Rows) -> None:
+    def __init__(self, memory: LaneMemory, values: ByType, gradients: ByType) -> None:
         self.memory = memory
         self._values, self._gradients = values, gradients
         self._of_name: dict[str, Tensor] = {}  # gradients, where passes come to
@@ -208,7 +208,7 @@ class Seat:
         return self._of_span[span]
 
 
-def _row(rows: Rows, seat: int) -> Rows:
+def _row(rows: ByType, seat: int) -> ByType:
     return {dtype: each[seat] for dtype, each in rows.items()}
 
 
