@@ -36,7 +36,7 @@ def test_a_part_of_a_vector_comes_apart_too() -> None:
     assert parts[1].tolist() == list(range(9, 19))
 
 
-@pytest.mark.parametrize(("count", "said"), [(5, "1 entries are left"), (3, "3 entries are too")])
+@pytest.mark.parametrize(("count", "said"), [(5, "5 entries"), (3, "3 entries")])
 def test_sizes_must_fit(count: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         list(split(torch.zeros(10)[:count], [(2,), (2,)]))

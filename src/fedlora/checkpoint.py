@@ -8,6 +8,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,12 @@ PACKAGES = ("lightning", "torch", "peft", "transformers", "torchmetrics", "jsona
 
 def versions() -> dict[str, str]:
     """The versions of Python, fedlora and the packages whose numbers matter."""
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("fedlora", *PACKAGES)},
-    }
+    return {"python": platform.python_version(), **_installed()}
+
+
+@cache  # each is read from a file
+def _installed() -> dict[str, str]:
+    return {name: version(name) for name in ("fedlora", *PACKAGES)}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -17,7 +18,15 @@ def joined(tensors: Iterable[Tensor]) -> Tensor:
         >>> joined([torch.tensor([[1, 2]]), torch.tensor(3)])
         tensor([1, 2, 3])
     """
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def as_one(tensors: Sequence[Tensor]) -> Tensor:
+    """Likewise, but no copy where they lie end to end already, as those of :func:`split` do."""
+    if not _lie_end_to_end(tensors):
+        return joined(tensors)
+    size = sum(tensor.numel() for tensor in tensors)
+    return tensors[0].detach().as_strided((size,), (1,))
 
 
 def split(flat: Tensor, shapes: Iterable[Sequence[int]]) -> Iterator[Tensor]:
@@ -26,18 +35,22 @@ def split(flat: Tensor, shapes: Iterable[Sequence[int]]) -> Iterator[Tensor]:
     Raises:
         ValueError: where they are of another size than the vector.
     """
-    first = flat.storage_offset()
-    last = first + len(flat)
-    for shape in shapes:
-        strides, size = [], 1
-        for length in reversed(shape):
-            strides.append(size)
-            size *= length
-        if first + size > last:
-            raise ValueError(f"{len(flat)} entries are too few")
-        part = flat.as_strided(shape, strides[::-1], first)
-        first += size
+    shapes = [*shapes]
+    sizes = [math.prod(shape) for shape in shapes]
+    if (size := sum(sizes)) != len(flat):
+        raise ValueError(f"{len(flat)} entries were to be parted into {size}")
+    for part, shape in zip(flat.split_with_sizes(sizes), shapes, strict=True):
+        own = part.view(shape)
         # Products of matrices may have other last bits where their memory is aligned otherwise.
-        yield part.clone() if part.data_ptr() % ALIGNED else part
-    if first != last:
-        raise ValueError(f"{last - first} entries are left over")
+        yield own.clone() if own.data_ptr() % ALIGNED else own
+
+
+def _lie_end_to_end(tensors: Sequence[Tensor]) -> bool:
+    first, last = tensors[0], tensors[-1]
+    place, dtype = first.data_ptr(), first.dtype
+    for tensor in tensors:
+        if tensor.data_ptr() != place or tensor.dtype != dtype or not tensor.is_contiguous():
+            return False
+        place += tensor.nbytes
+    # Not just by chance: what is between these two is theirs.
+    return first.untyped_storage().data_ptr() == last.untyped_storage().data_ptr()

@@ -122,6 +122,8 @@ class AdapterState:
     def only(self, parts: Iterable[Part]) -> AdapterState:
         """The named parts; neither the others nor the residual nor what was added to it."""
         kept = frozenset(parts)
+        if kept >= PARTS and not self.residual and not self.added:
+            return self
         return replace(
             self,
             A=self.A if "A" in kept else {},
@@ -150,12 +152,16 @@ class AdapterState:
 
     def padded(self, ranks: Mapping[str, int]) -> AdapterState:
         """With slots of zeros up to these ranks; training leaves those zero."""
+        if all(ranks[name] == own for name, own in self.ranks.items()):
+            return self
         A = {name: pad(tensor, ranks[name], 0) for name, tensor in self.A.items()}
         B = {name: pad(tensor, ranks[name], 1) for name, tensor in self.B.items()}
         return replace(self, A=A, B=B)
 
     def over(self, base: AdapterState) -> AdapterState:
         """This state where it has a tensor, ``base`` elsewhere."""
+        if self == _NOTHING:
+            return base
         return AdapterState(
             A={**base.A, **self.A},
             B={**base.B, **self.B},
@@ -172,8 +178,8 @@ class AdapterState:
         beside = (*self.residual.values(), *self.added.values())
         return tensors + sum(change.nbytes for change in beside)
 
-    @property
-    def ranks(self) -> dict[str, int]:
+    @cached_property
+    def ranks(self) -> Mapping[str, int]:
         """Module path -> rank."""
         return {
             **{name: tensor.shape[1] for name, tensor in self.B.items()},
@@ -220,6 +226,9 @@ class AdapterState:
             for key in ("residual", "added")
         )
         return cls(state["A"], state["B"], state["other"], state["scaling"], residual, added)
+
+
+_NOTHING = AdapterState()
 
 
 def pad(factor: Tensor, rank: int, dim: int) -> Tensor:

@@ -49,14 +49,14 @@ def test_by_hand():
     # (1*1 + 3*3) / 2 = 5 is ideal, 2*2 = 4 is served. With one column the sketch is exact.
     server = scalar(0.0, 1.0)
     updates = play(FedAvg(), server, [scalar(1.0, 1.0), scalar(3.0, 3.0)], [1, 1])
-    assert measure(FedAvg(), server, updates)[1] == pytest.approx(1 / 5, rel=1e-12)
+    assert measure(FedAvg(), server, updates)[1] == pytest.approx(1 / 5, rel=1e-6)
 
 
 def test_weights_and_scaling_by_hand():
     # I = (3 * 2 * 1*1 + 1 * 2 * 5*5) / 4 = 14; the means are 2 and 2: S = 2 * 4 = 8.
     server = scalar(0.0, 1.0, scaling=2.0)
     updates = play(FedAvg(), server, [scalar(1.0, 1.0, 2.0), scalar(5.0, 5.0, 2.0)], [3, 1])
-    assert measure(FedAvg(), server, updates)[1] == pytest.approx(6 / 14, rel=1e-12)
+    assert measure(FedAvg(), server, updates)[1] == pytest.approx(6 / 14, rel=1e-6)
 
 
 @pytest.mark.parametrize("rule", [FFALoRA(), FedExLoRA()], ids=["FFALoRA", "FedExLoRA"])
@@ -185,8 +185,8 @@ def test_drift_by_hand():
     server = scalar(1.0, 3.0, 2.0)
     trained = [scalar(2.0, 3.0, 2.0), scalar(1.0, 1.0, 2.0), scalar(99.0, 9.0, 2.0)]
     found = measured(server, play(FedAvg(), server, trained, [1, 7, 0]))
-    assert found.drift_mean == pytest.approx(5.0, rel=1e-12)  # each client counts once
-    assert found.drift_max == pytest.approx(6.0, rel=1e-12)
+    assert found.drift_mean == pytest.approx(5.0, rel=1e-6)  # each client counts once
+    assert found.drift_max == pytest.approx(6.0, rel=1e-6)
 
 
 def test_drift_is_over_all_layers_together():
@@ -201,7 +201,7 @@ def test_drift_is_over_all_layers_together():
 def test_a_residual_is_no_drift():
     server = replace(scalar(1.0, 3.0), residual={"x": Residual(torch.tensor([[100.0]]))})
     found = measured(server, play(FedExLoRA(), server, [scalar(2.0, 3.0)], [1]), FedExLoRA())
-    assert found.drift_mean == found.drift_max == pytest.approx(3.0, rel=1e-12)
+    assert found.drift_mean == found.drift_max == pytest.approx(3.0, rel=1e-6)
 
 
 def test_drift_of_other_ranks_is_from_what_a_client_was_sent():
@@ -213,7 +213,7 @@ def test_drift_of_other_ranks_is_from_what_a_client_was_sent():
     ended = replace(sent, B={"x": torch.tensor([[0.5]])})  # 8 * 0.5*3 = 12
     update = ClientUpdate(Client(0, 1, rank=1, scale=4.0), sent, ended, 1.0)
     [_] = (meter := AggregationMeter()).watch([update])
-    assert meter.figures(server).drift_max == pytest.approx(6.0, rel=1e-12)
+    assert meter.figures(server).drift_max == pytest.approx(6.0, rel=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [[3, 3, 3], [1, 2, 3]])
@@ -305,7 +305,7 @@ def test_the_effective_rank_is_a_mean_over_the_layers_that_are_not_zero():
         dict.fromkeys("xyz", 1.0),
     )
     found = measured(state, play(FedAvg(), state, [state], [1])).effective_rank
-    assert found == pytest.approx(1.0, rel=1e-12)
+    assert found == pytest.approx(1.0, rel=1e-6)
 
 
 def test_nothing_trained_has_no_effective_rank():

@@ -81,7 +81,7 @@ def test_the_step_by_hand() -> None:
     # v = 3, w_t = 1: 2 (3 - 2) + 2 (3 - 1) = 6 leads to 1.5; there -1 + 2 (1.5 - 1) = 0.
     line = Line(3.0, sgd())
     loop = LocalLoop(Fabric(accelerator="cpu", devices=1), line)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives, lane.anchor = [Ditto(2.0)], {"other/w": torch.tensor([1.0])}
     train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == 1.5

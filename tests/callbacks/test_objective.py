@@ -26,7 +26,7 @@ from fedlora.errors import CheckpointError
 from fedlora.modules.report import readable
 from fedlora.round_lr import RoundLR
 from fedlora.sampling import Sampling
-from fedlora.state import Client, Round
+from fedlora.state import AdapterState, Client, Round
 from tests.engines.test_local import Line, batches, sgd, train
 from tests.runs import (
     QUICK,
@@ -80,7 +80,7 @@ class Sent(FederatedCallback):
 def test_the_pull_by_hand(mu: float, anchor: float, ends: float) -> None:
     line = Line(0.0, sgd())
     loop = LocalLoop(FABRIC, line)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives, lane.anchor = [FedProx(mu)], {"other/w": torch.tensor([anchor])}
     train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == ends
@@ -89,7 +89,7 @@ def test_the_pull_by_hand(mu: float, anchor: float, ends: float) -> None:
 def test_what_the_server_does_not_average_has_no_pull_by_hand() -> None:
     line = Line(0.0, sgd())
     loop = LocalLoop(FABRIC, line)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives = [FedProx(2.0)]
     train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == 1.5
@@ -99,7 +99,7 @@ def test_clipping_comes_after_the_pull() -> None:
     # -4 is clipped to -1; then 2 (1 - 2) + 40 (1 - 0) = 38 to 1. Clipped before: far below 0.
     line = Line(0.0, sgd(1.0))
     loop = LocalLoop(FABRIC, line, clip=1.0)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives, lane.anchor = [FedProx(40.0)], {"other/w": torch.zeros(1)}
     train(loop, lane, Round(0), 2, batches([2.0], [2.0]))
     assert line.w.item() == pytest.approx(0.0, abs=1e-5)
@@ -109,7 +109,7 @@ def test_accumulated_batches_have_one_pull() -> None:
     # -4, so 1; then, over two batches, -2 + 2 (1 - 0) = 0. A pull a batch: 2 more.
     line = Line(0.0, sgd())
     loop = LocalLoop(FABRIC, line, accumulate=2)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives, lane.anchor = [FedProx(2.0)], {"other/w": torch.zeros(1)}
     train(loop, lane, Round(0), 4, batches([2.0], [2.0], [2.0], [2.0]))
     assert line.w.item() == 1.0

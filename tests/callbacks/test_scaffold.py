@@ -57,7 +57,7 @@ def train(
 ) -> Lane:
     line = Line(start, optimizer or sgd())
     loop = LocalLoop(FABRIC, line, steps=steps)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     lane.objectives = [scaffold or SCAFFOLD()]
     lane.anchor = {"other/w": line.w.detach().clone()}
     lane.received = {} if received is None else {KEY: torch.tensor([received])}
@@ -115,7 +115,7 @@ def test_clients_that_differ_agree_on_the_common_optimum(corrected: bool) -> Non
         for number, (target, scale) in enumerate([(4.0, 1.0), (0.0, 0.5)]):
             line = Line(w, sgd(0.125))
             loop = LocalLoop(FABRIC, line, steps=8)
-            lane = loop.open(Client(number, 1), rnd)
+            lane = loop.open(Client(number, 1), rnd, AdapterState())
             if corrected:
                 lane.objectives = [scaffold]
             lane.anchor = {"other/w": line.w.detach().clone()}

@@ -11,7 +11,7 @@ from torch import nn
 
 from fedlora.engines.lane import Lane
 from fedlora.engines.local import LocalLoop, NonFiniteError
-from fedlora.state import Client, Round
+from fedlora.state import AdapterState, Client, Round
 
 
 class Line(nn.Module):
@@ -23,6 +23,7 @@ class Line(nn.Module):
         self.make = optimizer
         self.keys: list[tuple[int | None, int]] = []
         self.lora = SimpleNamespace(
+            load=lambda state: None,
             trainable=lambda: {"other/w": self.w},
             set_dropout_key=lambda key, step=0, rows=None: self.keys.append((key, step)),
         )
@@ -50,7 +51,7 @@ def train(loop: LocalLoop, lane: Lane, rnd: Round, per_epoch: int, data: Any) ->
 
 def run(line: Line, data: Any, per_epoch: int, **settings: Any):
     loop = LocalLoop(Fabric(accelerator="cpu", devices=1), line, **settings)
-    lane = loop.open(Client(0, 3), Round(0))
+    lane = loop.open(Client(0, 3), Round(0), AdapterState())
     train(loop, lane, Round(0), per_epoch, data)
     return lane
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.modules.lane_memory import LaneMemory
+from fedlora.modules.lane_memory import LaneMemory, Seat
 
 # Of odd sizes too: the last entries of a tensor may be computed by other instructions.
 SHAPES = {
@@ -42,9 +42,17 @@ def make_memory(own: Mapping[str, nn.Parameter], kind: str = "AdamW") -> LaneMem
     """With three seats, to two of which a pass came before."""
     memory = LaneMemory(own, 3, type(MAKE[kind]([{"params": [nn.Parameter(torch.ones(1))]}])))
     for seat in memory.seats:
-        seat.put()
+        put(seat)
     passed(memory, [0, 2])
     return memory
+
+
+def put(seat: Seat) -> None:
+    """Let a seat have what is in the model."""
+    with torch.no_grad():
+        for name, value in seat.every.items():
+            value.copy_(seat.memory.own[name])
+    seat.clear()
 
 
 @pytest.fixture
@@ -79,7 +87,7 @@ def test_a_step_of_all_as_one_is_a_step_of_each_to_the_bit(
     for number in (0, 2, 0):  # a seat that is used again, too
         seat = memory.seats[number]
         alone = {name: nn.Parameter(p.detach().clone()) for name, p in own.items()}
-        seat.put()
+        put(seat)
         leaves = seat.leaves()
         joined, apart = (MAKE[kind](g, lr=0.1) for g in (seat.groups(groups), groups(alone)))
         for step in range(3):
@@ -160,7 +168,7 @@ def test_what_an_optimizer_does_to_its_groups_is_its_own(memory: LaneMemory) -> 
 
 def test_a_gradient_that_somebody_replaced_counts(memory: LaneMemory) -> None:
     seat = memory.seats[2]
-    seat.put()
+    put(seat)
     leaves = seat.leaves()
     optimizer = torch.optim.Adam(seat.groups(in_one_group), betas=(0.0, 0.0), eps=1e-12)
     passed(memory, [2])
@@ -176,14 +184,14 @@ def test_a_gradient_that_somebody_replaced_counts(memory: LaneMemory) -> None:
     assert not torch.equal(leaves["A/y"], before["A/y"])
     # The next client finds nothing of it.
     leaves["A/x"].grad = torch.ones(8, 19)
-    seat.put()
+    put(seat)
     seat.settle_gradients()
     assert not any(leaf.grad.any() for leaf in leaves.values() if leaf.grad is not None)
 
 
 def test_a_pass_of_some_leaves_the_others_gradients(memory: LaneMemory) -> None:
     for seat in memory.seats:
-        seat.put()
+        put(seat)
     passed(memory, [2, 0], seed=5)
     passed(memory, [2], seed=7)
     found = [seat.leaves()["A/x"].grad for seat in memory.seats]
@@ -199,7 +207,7 @@ def test_types_are_kept_apart() -> None:
         "c": nn.Parameter(torch.arange(5.0)),
     }
     memory = LaneMemory(own, 2, torch.optim.Adam)
-    memory.seats[1].put()
+    put(memory.seats[1])
     values, _ = memory.chosen([1])
     assert {n: t.dtype for n, t in values.items()} == {n: p.dtype for n, p in own.items()}
     assert all(torch.equal(values[name][0], p) for name, p in own.items())

@@ -67,8 +67,7 @@ def clients(lora: CLIPLoRAWrapper) -> list[AdapterState]:
 def seated(lora: CLIPLoRAWrapper, states: Sequence[AdapterState]) -> LaneStack:
     stack = LaneStack(lora, len(states))
     for seat, state in enumerate(states):
-        lora.load(state)
-        stack.put(seat)
+        stack.put(seat, state)
     return stack
 
 

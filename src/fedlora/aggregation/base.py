@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedlora.errors import FedloraError
-from fedlora.flat import joined, split
+from fedlora.flat import as_one, split
 from fedlora.state import PARTS, AdapterState, Client, ClientUpdate, Part, Residual, Round
 
 Factors = Literal["step", "corrected", "anew"]
@@ -187,8 +187,10 @@ class WeightedMean(Aggregator):
                 )
             tensors = {name: now[name] for name in tensors or now}  # in the order of the first
             if tensors:
-                term = joined(tensors.values()).double() * update.weight
-                sums = term if sums is None else sums.add_(term)
+                term = as_one([*tensors.values()])
+                if sums is None:
+                    sums = torch.zeros_like(term, dtype=torch.float64)
+                sums.add_(term, alpha=update.weight)
             total += update.weight
         means: dict[str, Tensor] = {}
         if sums is not None:

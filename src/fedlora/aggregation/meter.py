@@ -110,8 +110,8 @@ class AggregationMeter:
         return sums
 
     def _product(self, adapter: AdapterState, names: Names) -> Tensor:
-        """``s B A Z`` of some layers: (layers, out_features, 32), float64, a fresh tensor."""
-        A, B = (torch.stack([part[n] for n in names]).double() for part in (adapter.A, adapter.B))
+        """``s B A Z`` of some layers: (layers, out_features, 32), a fresh tensor."""
+        A, B = (torch.stack([part[n] for n in names]).float() for part in (adapter.A, adapter.B))
         scales = A.new_tensor([adapter.scaling[name] for name in names])
         return B @ (A @ self._z(names, A.shape[2]) * scales.view(-1, 1, 1))
 
@@ -127,9 +127,9 @@ class AggregationMeter:
         """``R Z`` of one layer."""
         known = self._beside.get(name)
         if known is None or known[0] is not change:  # clients of a round share one residual
-            wide = change.to(torch.float64)
+            own = change.to(torch.float32)
             Z = self._z((name,), change.shape[1])[0]
-            value = wide.U @ Z if wide.V is None else wide.U @ (wide.V @ Z)
+            value = own.U @ Z if own.V is None else own.U @ (own.V @ Z)
             known = self._beside[name] = (change, value)
         return known[1]
 
@@ -144,7 +144,7 @@ def _signs(name: str, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(derive_seed("sketch", name))
     # Signs and not normal values: what a single column adds to the norm is then exact.
     ones = torch.randint(0, 2, (columns, COLUMNS), generator=generator, dtype=torch.int8)
-    return ones.double().mul_(2).sub_(1)
+    return ones.float().mul_(2).sub_(1)
 
 
 def _alike(adapter: AdapterState) -> Iterator[Names]:
@@ -160,10 +160,9 @@ def _alike(adapter: AdapterState) -> Iterator[Names]:
 
 
 def _accumulate(sums: dict[K, Tensor], name: K, term: Tensor, weight: float) -> None:
-    if name in sums:
-        sums[name].add_(term, alpha=weight)
-    else:
-        sums[name] = term * weight
+    if name not in sums:  # in float64: clients may be many
+        sums[name] = torch.zeros_like(term, dtype=torch.float64)
+    sums[name].add_(term, alpha=weight)
 
 
 def _square(sketch: Tensor) -> float:

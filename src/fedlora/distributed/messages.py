@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.flat import joined, split
+from fedlora.flat import as_one, split
 
 HEAD = 8  # bytes that say how long the text before the tensors is
 PLAIN = (type(None), bool, int, float, str)
@@ -103,7 +103,7 @@ def _described_dict(value: dict[Any, Any], parts: list[Tensor]) -> dict[str, Any
 
 def _described_as_one(tensors: dict[str, Tensor], parts: list[Tensor]) -> dict[str, Any]:
     """An adapter has many small ones, of which each would take its time."""
-    flat = joined(tensors.values())
+    flat = as_one([*tensors.values()])
     parts.append(flat.cpu().view(torch.uint8))
     shapes = [list(tensor.shape) for tensor in tensors.values()]
     return {"tensors": [list(tensors), _dtype(flat), shapes], "bytes": len(parts[-1])}

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from fedlora.engines.lane import Batch, Lane, windows
 from fedlora.engines.rows import Rows, add_figures, add_gradients
 from fedlora.errors import FedloraError
-from fedlora.flat import joined
+from fedlora.flat import as_one
 from fedlora.modules.lanes import Ticket
 from fedlora.sampling import derive_seed
-from fedlora.state import Client, Round
+from fedlora.state import AdapterState, Client, Round
 
 if TYPE_CHECKING:
     from lightning.fabric import Fabric
@@ -81,20 +81,24 @@ class LocalLoop:
             raise FedloraError("the model is not built yet.")
         return self.module.lora
 
-    def open(self, client: Client, rnd: Round, seat: int | None = None) -> Lane:
-        """A lane on what the module holds and has trainable now.
+    def open(
+        self, client: Client, rnd: Round, state: AdapterState, seat: int | None = None
+    ) -> Lane:
+        """A lane on what the module has trainable now.
 
         Args:
             client: who.
             rnd: the round.
-            seat: its place in the stack, which gets what the module holds; None: the module.
+            state: what it starts from.
+            seat: its place in the stack; None: the module.
         """
         if seat is None or self.stack is None:
+            self.lora.load(state)
             room, parameters = None, self.lora.trainable()
             optimizer = self.module.configure_optimizers()
             optimizer.zero_grad(set_to_none=True)  # what a client that broke off may have left
         else:
-            room = self.stack.put(seat)
+            room = self.stack.put(seat, state)
             parameters = room.leaves()
             optimizer = self.module.make_optimizer(room.groups(self.module.optimizer_groups))
         for group in optimizer.param_groups:
@@ -276,7 +280,7 @@ class LocalLoop:
     def _check_finite(self, lane: Lane, rnd: Round) -> None:
         # Once per client and not per step: reading a value waits for the device.
         trained = [p for group in lane.optimizer.param_groups for p in group["params"]]
-        largest = joined(trained).abs().amax()  # NaN where one is
+        largest = as_one(trained).abs().amax()  # NaN where one is
         checks = torch.stack([lane.loss, largest.double()]).isfinite().tolist()
         if not all(checks):
             what = "adapter" if checks[0] else "loss"

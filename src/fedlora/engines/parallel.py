@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # In rows, for the embedded model on a CPU, roughly: what a step takes whatever its rows, and what
 # the update of a client takes on rank 0, whoever trained it. It only says who plays whom.
 STEP = 8
-UPDATE = 2
+UPDATE = 1
 
 
 def assign(costs: Sequence[int], size: int, loads: Sequence[int] = ()) -> list[int]:

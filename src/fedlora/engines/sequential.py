@@ -186,15 +186,14 @@ class SequentialEngine:
     ) -> Course:
         """A client's turn; each lane that it yields is to take all of its steps meanwhile."""
         clock = Clock()
-        self.lora.load(start.state.padded(server.adapter.ranks))
         client, trainable = start.client, rule.trainable(rnd)
         self.lora.set_trainable(trainable)
-        lane = self.loop.open(client, rnd, seat)
-        shared = self.shared(rule, rnd)
-        lane.objectives = self.objectives
-        lane.received, lane.memory = self._download(client, shared), dict(start.kept.memory)
+        lane = self.loop.open(client, rnd, start.state.padded(server.adapter.ranks), seat)
+        lane.objectives, lane.memory = self.objectives, dict(start.kept.memory)
         if self.objectives or self.own_objectives:
-            lane.anchor = {name: lane.parameters[name].detach().clone() for name in shared}
+            shared = {name: lane.parameters[name] for name in self.shared(rule, rnd)}
+            lane.received = self._download(client, shared)
+            lane.anchor = {name: own.detach().clone() for name, own in shared.items()}
         yield from self._train(lane, rnd, limit, clock)
         trained, seconds = self._trained(trainable, lane), lane.seconds
         own = start.kept.own
@@ -222,9 +221,8 @@ class SequentialEngine:
 
     def _open_own(self, start: Start, server: ServerState, first: Lane, rnd: Round) -> Lane:
         """A lane of the client's own model, to train on the batches of its first; the whole."""
-        state = start.kept.own.over(start.state)
-        self.lora.load(state.padded(server.adapter.ranks))
-        lane = self.loop.open(start.client, rnd, first.seat)
+        state = start.kept.own.over(start.state).padded(server.adapter.ranks)
+        lane = self.loop.open(start.client, rnd, state, first.seat)
         lane.objectives, lane.anchor, lane.own = self.own_objectives, first.anchor, True
         return lane
 

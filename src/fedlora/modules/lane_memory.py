@@ -111,6 +111,9 @@ class Seat:
         memory: which it is a part of.
         values: its row of each type.
         gradients: likewise.
+
+    Attributes:
+        every: what may be trained, by name.
     """
 
     def __init__(self, memory: LaneMemory, values: ByType, gradients: ByType) -> None:
@@ -119,34 +122,32 @@ class Seat:
         self._of_name: dict[str, Tensor] = {}  # gradients, where passes come to
         self._of_span: dict[Span, nn.Parameter] = {}
         self._groups: tuple[Any, list[dict[str, Any]]] | None = None
-        self._leaves = {
+        self.every = {
             name: nn.Parameter(memory.spans[name].of(values, *own.shape))
             for name, own in memory.own.items()
         }
 
-    @torch.no_grad()
-    def put(self) -> None:
-        """Have what is in the model, and no gradients."""
-        torch._foreach_copy_(list(self._leaves.values()), list(self.memory.own.values()))
+    def clear(self) -> None:
+        """Have no gradients."""
         self.forget_gradients()
-        for name, leaf in self._leaves.items():
+        for name, leaf in self.every.items():
             leaf.grad = self._of_name.get(name)  # whatever one that broke off has put there
 
     @torch.no_grad()
     def values(self) -> Tensor:
         """A copy of all values end to end, in the order of their names; float32, on the CPU."""
         if len(self._values) > 1:  # types
-            return joined(leaf.to(torch.float32) for leaf in self._leaves.values()).cpu()
+            return joined(leaf.to(torch.float32) for leaf in self.every.values()).cpu()
         (row,) = self._values.values()
         return row.to("cpu", torch.float32, copy=True)
 
     def leaves(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
-        return {n: self._leaves[n] for n, own in self.memory.own.items() if own.requires_grad}
+        return {n: self.every[n] for n, own in self.memory.own.items() if own.requires_grad}
 
     def reach(self, name: str) -> None:
         """Give a parameter room for gradients."""
-        leaf = self._leaves[name]
+        leaf = self.every[name]
         leaf.grad = self._of_name[name] = self.memory.spans[name].of(self._gradients, *leaf.shape)
 
     def forget_gradients(self) -> None:
@@ -157,7 +158,7 @@ class Seat:
     def settle_gradients(self) -> None:
         """Take over what somebody put in the place of gradients."""
         for name, own in self._of_name.items():
-            leaf = self._leaves[name]
+            leaf = self.every[name]
             if leaf.grad is not own:
                 own.zero_() if leaf.grad is None else own.copy_(leaf.grad)
                 leaf.grad = own

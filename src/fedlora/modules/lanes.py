@@ -49,7 +49,7 @@ class Ticket:
 class LaneStack:
     """Room for the adapters, heads and scalings of several clients, stacked by parameter.
 
-    A client's values come from the model and leave as a state: :meth:`put`, :meth:`take`. Between
+    A client's values come and leave as a state: :meth:`put`, :meth:`take`. Between
     the two it has leaves and gradients of its own (``memory``), for an optimizer of its own, and
     any of the seats can share a step (:meth:`together`).
 
@@ -79,11 +79,12 @@ class LaneStack:
         self._shapes = lora.shapes()
         self._scaling: list[dict[str, float]] = [dict(lora.scaling) for _ in range(seats)]
 
-    def put(self, seat: int) -> Seat:
-        """Let a seat have what is in the model."""
-        self._scaling[seat] = dict(self.lora.scaling)
+    def put(self, seat: int, state: AdapterState) -> Seat:
+        """Let a seat have a state, and the model serve its residual."""
         room = self.memory.seats[seat]
-        room.put()
+        self.lora.load(state, room.every)
+        self._scaling[seat] = dict(self.lora.scaling)
+        room.clear()
         return room
 
     def take(self, seat: int) -> AdapterState:

@@ -207,8 +207,13 @@ class LearnedParts:
         return replace(state, scaling=dict(self.scaling), residual=dict(self.served.residual))
 
     @torch.no_grad()
-    def load(self, state: AdapterState) -> None:
+    def load(self, state: AdapterState, into: Mapping[str, Tensor] | None = None) -> None:
         """Put a whole or partial state into the model, its scaling and residual included.
+
+        Args:
+            state: of :meth:`state`, or a part of it.
+            into: where its tensors go in the place of the model's own, named ``A/<path>``,
+                ``B/<path>``, ``other/<path>``.
 
         Raises:
             FedloraError: names every tensor that does not fit; nothing is changed then.
@@ -220,15 +225,14 @@ class LearnedParts:
                 "gives goes to set_parameters()."
             )
         refuse(list(self._faults(state)), "the adapter's tensors")
-        into, values = [], []
-        for part in self.parameters:
-            own = self._own(part)
-            for name, tensor in state.part(part).items():
-                into.append(own[name])
-                same = tensor.shape == own[name].shape
-                values.append(tensor if same else tensor.view_as(own[name]))
-        if into:
-            torch._foreach_copy_(into, values)
+        if into is None:
+            into = {
+                f"{p}/{name}": own for p in self.parameters for name, own in self._own(p).items()
+            }
+        pairs = [(into[name], tensor) for name, tensor in state.tensors()]
+        if pairs:
+            values = [t if t.shape == own.shape else t.view_as(own) for own, t in pairs]
+            torch._foreach_copy_([own for own, _ in pairs], values)
         self.set_scaling(state.scaling)
         self.served.serve(state.residual)
 
