@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from flwr_datasets.partitioner import IidPartitioner
+from torch import Tensor
 
 from fedlora import (
     SCAFFOLD,
@@ -22,7 +24,10 @@ from fedlora import (
 )
 from fedlora.aggregation import FedExLoRA, FedSALoRA, FlexLoRA, FLoRA, FRLoRA, RoLoRA
 from fedlora.callbacks.base import FederatedCallback
+from fedlora.callbacks.objective import Objective
 from fedlora.checkpoint import load
+from fedlora.engines.lane import Lane
+from fedlora.state import Client
 from tests.runs import (
     QUICK,
     KillAtClient,
@@ -127,6 +132,29 @@ def test_three_at_once_are_one_at_a_time_to_the_bit(tmp_path: Path, name: str) -
     # Full at first; at the end of a round those with more steps go on without the others.
     assert shares.seen[0] == 3
     assert set(shares.seen) == {1, 2, 3}
+
+
+class Told(Objective):
+    """Sends what a client starts from, as one number."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, float]] = []
+
+    def download(self, client: Client, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"sum": torch.stack([t.detach().double().sum() for t in shared.values()]).sum()}
+
+    def on_lane_start(self, lane: Lane) -> None:
+        self.seen.append((lane.client.id, float(lane.received["sum"])))
+
+
+def test_an_objective_is_told_what_each_client_starts_from(tmp_path: Path) -> None:
+    found = []
+    for lanes in (1, 3):
+        told = Told()
+        fit(tmp_path / str(lanes), lanes=lanes, callbacks=[told], **settings("FLoRA, mixed ranks"))
+        found.append(sorted(told.seen))
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 8  # two rounds of four clients, of whom each has its own
 
 
 def test_two_threads_agree_to_rounding(tmp_path: Path) -> None:

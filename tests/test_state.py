@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -217,6 +217,15 @@ def test_padding_adds_slots_of_zeros():
     assert (padded.scaling, padded.residual) == (state.scaling, state.residual)
     for name, product in products(state).items():
         np.testing.assert_array_equal(products(padded)[name], product)
+
+
+def test_what_changes_nothing_gives_the_state_itself():
+    state = replace(layers(), residual={}, added={})
+    assert state.padded(state.ranks) is state
+    assert state.only(["A", "B", "other"]) is state
+    assert AdapterState().over(state) is state
+    served = replace(state, residual={"fc1": Residual(torch.ones(2, 2))})
+    assert not served.only(["A", "B", "other"]).residual
 
 
 @pytest.mark.parametrize("parts", [["A"], ["B", "other"]])

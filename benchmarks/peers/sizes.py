@@ -67,5 +67,5 @@ class Size:
 
 TINY = Size("tiny", 20, 1, 5)
 VIT_B32 = Size("vit", 4, 1, 2, VIT, vit=True)
-SPREAD = tuple(Size(f"tiny-{count}", count, 1, 3) for count in (10, 50, 200))
+SPREAD = tuple(Size(f"tiny-{count}", count, 2, 5) for count in (10, 50, 200))
 SIZES: Mapping[str, Size] = {size.name: size for size in (TINY, VIT_B32, *SPREAD)}

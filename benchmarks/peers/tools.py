@@ -69,7 +69,7 @@ VARIANTS = (
     Variant("fedlora", "1 process, 2 threads", 2, plain=True, parts=ROUNDS | {"whole", "memory"}),
     Variant("fedlora", "2 processes", 1, 2),
     _lanes("auto", 2),
-    _lanes(5, 2, "tiny", "whole", "spread"),
+    _lanes(5, 2, "tiny", "whole"),
     _lanes(10, 2, "tiny", "spread"),
     _lanes(25, 2, "spread"),
     _lanes(50, 2, "spread"),
