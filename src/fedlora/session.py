@@ -20,6 +20,7 @@ from fedlora.distributed.world import World
 from fedlora.errors import CheckpointError, ElsewhereError, FedloraError
 from fedlora.federation import make_clients, make_rounds
 from fedlora.garbage import looking_at_new_objects_only
+from fedlora.heap import keeping_freed_memory
 from fedlora.modules.prefix import keeping_frozen
 from fedlora.rounds import Rounds
 from fedlora.run_folder import RunFolder
@@ -108,7 +109,7 @@ def fit(trainer: FederatedTrainer, ckpt_path: str | None) -> None:
         run.write_config(trainer.config_text)
     _check_folder(trainer.world, rounds)
     log = _log_file(run) if trainer.world.is_zero else nullcontext()
-    with log, _keeping(trainer), looking_at_new_objects_only():
+    with log, _keeping(trainer), looking_at_new_objects_only(), keeping_freed_memory():
         _play(trainer, rounds, fresh=saved is None)
 
 
