@@ -42,8 +42,8 @@ def rounds(part: str, variant: Variant, size: Size) -> int:
 
 def plan(part: str, options: argparse.Namespace, turn: int) -> Iterator[tuple[Variant, Size]]:
     """What a turn of a part runs, in its order."""
-    chosen = variants(part, options.tools, options.leave_out, options.fedlora_best)
-    pairs = [(variant, size) for size in PARTS[part] for variant in chosen]
+    given = (options.tools, options.leave_out, options.fedlora_best)
+    pairs = [(variant, size) for size in PARTS[part] for variant in variants(part, size, *given)]
     yield from pairs if turn % 2 == 0 else pairs[::-1]
 
 

@@ -37,7 +37,7 @@ class Variant:
         threads: of each process.
         processes: that train.
         options: further ones of its command.
-        parts: in which it is tried; none means all.
+        parts: in which it is tried, or sizes of ``spread``; none means all.
         plain: fedlora as it comes, without processes or lanes beside the first.
     """
 
@@ -70,9 +70,10 @@ VARIANTS = (
     Variant("fedlora", "2 processes", 1, 2),
     _lanes("auto", 2),
     _lanes(5, 2, "tiny", "whole"),
-    _lanes(10, 2, "tiny", "spread"),
-    _lanes(25, 2, "spread"),
-    _lanes(50, 2, "spread"),
+    # A process has no more lanes than clients: of these only those that differ from ``auto``.
+    _lanes(10, 2, "tiny", "tiny-50"),
+    _lanes(25, 2, "tiny-200"),
+    _lanes(50, 2, "tiny-200"),
     _lanes(20, 1, "tiny", "whole"),
     Variant("pfl", "1 process, 1 thread", parts=frozenset({"tiny", "whole", "memory"})),
     Variant("pfl", "1 process, 2 threads", 2, parts=frozenset({"vit"})),
@@ -82,17 +83,21 @@ VARIANTS = (
 )
 
 
-def variants(part: str, tools: Sequence[str], left_out: Sequence[str], best: str) -> list[Variant]:
+def variants(
+    part: str, size: Size, tools: Sequence[str], left_out: Sequence[str], best: str
+) -> list[Variant]:
     """Those of a part.
 
     Args:
         part: of the benchmark.
+        size: one of its sizes.
         tools: which.
         left_out: of these, as they are called in tables.
         best: settings of fedlora to take in place of all but the plain ones; empty for none.
     """
+    name = size.name if part == "spread" else part
     chosen = [
-        each for each in VARIANTS if each.tool in tools and (not each.parts or part in each.parts)
+        each for each in VARIANTS if each.tool in tools and (not each.parts or name in each.parts)
     ]
     if best and "fedlora" in tools:
         given = Variant("fedlora", best, options=tuple(shlex.split(best)))

@@ -174,9 +174,9 @@ class AdapterState:
     @cached_property
     def nbytes(self) -> int:
         """Bytes that it takes to send."""
-        tensors = sum(tensor.nbytes for _, tensor in self.tensors())
+        tensors = (*self.A.values(), *self.B.values(), *self.other.values())
         beside = (*self.residual.values(), *self.added.values())
-        return tensors + sum(change.nbytes for change in beside)
+        return sum(tensor.nbytes for tensor in tensors) + sum(change.nbytes for change in beside)
 
     @cached_property
     def ranks(self) -> Mapping[str, int]:

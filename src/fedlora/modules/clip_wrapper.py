@@ -150,6 +150,8 @@ class CLIPLoRAWrapper(LoRAWrapper):
     def as_state(self, flat: Tensor, shapes: Mapping[str, torch.Size]) -> AdapterState:
         """As in LoRAWrapper, without a tower that the head leaves idle."""
         state = super().as_state(flat, shapes)
+        if not self.idle_text:
+            return state
         A, B, other = (
             {n: t for n, t in part.items() if not self._is_idle(n)}
             for part in (state.A, state.B, state.other)
