@@ -433,6 +433,7 @@ for turn in range(3):
 """
 
 
+@pytest.mark.slow
 def test_several_processes_at_once(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen(

@@ -49,6 +49,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path: Path, script: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = start([*torchrun, "--nproc-per-node=2"], script, tmp_path / "two", 2, 1)
